@@ -1,0 +1,166 @@
+"""The claims of D-AR at small scale, as tables: what each token group adds, and that the order of the groups matters.
+
+    python benchmarks/dar.py reconstruct --data DIR             PSNR after each group over the test set
+    python benchmarks/dar.py previews --data DIR                fd-cifar10 of samples from 1/4, 1/2, 3/4, all tokens
+    python benchmarks/dar.py order --data DIR --models A B ...  fd-cifar10 and class accuracy of several models
+    python benchmarks/dar.py pictures --out docs                the pictures of the README
+
+DIR is a folder of CIFAR-10 in Parquet. Distances use the in-domain features of `vision_ar/evaluation/features.py` and
+compare runs with each other only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import vision_ar
+from vision_ar.data.images import Parquet
+from vision_ar.evaluation.features import SmallClassifier, load_classifier
+from vision_ar.evaluation.frechet import RunningMoments, frechet_distance
+from vision_ar.evaluation.reconstruction import psnr
+from vision_ar.pictures import grid, save_gif, to_pil, to_pixels
+from vision_ar.pipeline import Pipeline
+
+BATCH = 250
+
+
+def held_out_images(data: str, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of images and labels of the test set, at most `count`."""
+    module = Parquet(root=data, image_size=32, batch_size=BATCH)
+    module.setup("validate")
+    seen = 0
+    for batch in module.val_dataloader():
+        if seen >= count:
+            return
+        seen += len(batch["labels"])
+        yield batch["images"], batch["labels"]
+
+
+def moments(images: Tensor, classifier: SmallClassifier) -> RunningMoments:
+    """Feature moments of images in [-1, 1], rounded to pixels as saved pictures are."""
+    running = RunningMoments(classifier.feature_dim)
+    for part in (to_pixels(images).float() / 127.5 - 1).split(BATCH):
+        running.update(classifier.features(part))
+    return running
+
+
+def reference(data: str, classifier: SmallClassifier) -> RunningMoments:
+    """Feature moments of the test set."""
+    running = RunningMoments(classifier.feature_dim)
+    for images, _ in held_out_images(data, 10**9):
+        running.update(classifier.features(images))
+    return running
+
+
+def reconstruct(given: argparse.Namespace) -> None:
+    """Print PSNR after each group."""
+    tokenizer = vision_ar.load(given.model).tokenizer
+    rows: list[Tensor] = []
+    used = torch.zeros(tokenizer.spec.vocab_size or 0, dtype=torch.int64)
+    for images, _ in held_out_images(given.data, given.num):
+        ids = tokenizer.encode(images).ids
+        assert ids is not None
+        used += torch.bincount(ids.flatten(), minlength=len(used))
+        preview = tokenizer.open_preview(len(images))
+        shown = [preview.feed(part) for part in ids.split(list(tokenizer.spec.groups), dim=1)]
+        rows.append(torch.stack([psnr(frame, images) for frame in shown if frame is not None]))
+    table = torch.cat(rows, dim=1)
+    print(f"reconstruction of {table.shape[1]} test images by {given.model}, seed 0 for every image")
+    print("tokens   PSNR dB (mean)   standard error")
+    for end, row in zip(tokenizer.spec.ends, table, strict=True):
+        print(f"{end:6d}   {row.mean():14.3f}   {row.std() / len(row) ** 0.5:14.3f}")
+    probs = used / used.sum()
+    perplexity = torch.exp(-(probs * probs.clamp_min(1e-12).log()).sum())
+    print(f"codebook: {(used > 0).float().mean():.1%} used, perplexity {perplexity:.0f} of {len(used)}")
+    print("monotone:", bool((table.mean(dim=1).diff() > 0).all()))
+
+
+def draw(pipe: Pipeline, count: int, previews: bool, **settings: float | str) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Images, previews and labels of `count` samples, classes in turn, seeds 0, 1, 2, ..."""
+    labels = [i % pipe.num_classes for i in range(count)]
+    samples = pipe.sample(labels, seed=0, batch_size=BATCH, previews=previews, **settings)
+    return samples.images, samples.previews, torch.tensor(labels)
+
+
+def accuracy(images: Tensor, labels: Tensor, classifier: SmallClassifier) -> float:
+    """Share of samples that the classifier takes for their class."""
+    guesses = torch.cat([classifier(part).argmax(-1) for part in images.split(BATCH)])
+    return float((guesses == labels).float().mean())
+
+
+def previews(given: argparse.Namespace) -> None:
+    """Print the distance of previews to the data after each quarter of the tokens."""
+    classifier, pipe = load_classifier(), vision_ar.load(given.model)
+    images, shown, labels = draw(pipe, given.num, True, **settings_of(given))
+    assert shown is not None
+    data = reference(given.data, classifier)
+    groups = shown.shape[1]
+    print(f"{given.num} samples of {given.model}, {settings_of(given) or 'default settings'}, against the test set")
+    print("tokens   fd-cifar10   class accuracy")
+    for quarter in range(1, 5):
+        frame = shown[:, quarter * groups // 4 - 1]
+        distance = frechet_distance(moments(frame, classifier), data)
+        end = pipe.tokenizer.spec.ends[quarter * groups // 4 - 1]
+        print(f"{end:6d}   {distance:10.3f}   {accuracy(frame, labels, classifier):14.1%}")
+
+
+def order(given: argparse.Namespace) -> None:
+    """Print the distance of several models' samples, with and without guidance."""
+    classifier = load_classifier()
+    data = reference(given.data, classifier)
+    print(f"{given.num} samples a row against the test set, classes in turn, seeds 0, 1, 2, ...")
+    print("model   cfg_scale   fd-cifar10   class accuracy   images/s")
+    for name in given.models:
+        pipe = vision_ar.load(name)
+        for scale in given.scales:
+            start = time.perf_counter()
+            images, _, labels = draw(pipe, given.num, False, cfg_scale=scale, cfg_schedule="constant")
+            rate = given.num / (time.perf_counter() - start)
+            distance = frechet_distance(moments(images, classifier), data)
+            print(f"{name}   {scale:g}   {distance:.3f}   {accuracy(images, labels, classifier):.1%}   {rate:.1f}")
+
+
+def pictures(given: argparse.Namespace) -> None:
+    """Write the README's pictures: a grid of classes x 8 samples, and previews of one sample a class."""
+    out, pipe = Path(given.out), vision_ar.load(given.model)
+    labels = [label for label in range(pipe.num_classes) for _ in range(8)]
+    samples = pipe.sample(labels, seed=0, previews=True, **settings_of(given))
+    assert samples.previews is not None
+    to_pil(grid(samples.images, 8)).save(out / "cifar10_grid.png")
+    firsts = samples.previews[::8]
+    to_pil(grid(firsts.flatten(0, 1), firsts.shape[1])).save(out / "cifar10_previews.png")
+    save_gif([grid(frame, 8) for frame in samples.previews.unbind(1)], out / "cifar10_previews.gif")
+    print(f"wrote cifar10_grid.png, cifar10_previews.png and cifar10_previews.gif in {out}")
+
+
+def settings_of(given: argparse.Namespace) -> dict[str, float | str]:
+    """Guidance as given, else the model's own defaults."""
+    return {} if given.cfg_scale is None else {"cfg_scale": given.cfg_scale, "cfg_schedule": given.cfg_schedule}
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Parse and run one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = {"reconstruct": reconstruct, "previews": previews, "order": order, "pictures": pictures}
+    parser.add_argument("table", choices=commands)
+    parser.add_argument("--data", default="data/cifar10", help="folder of CIFAR-10 in Parquet")
+    parser.add_argument("--model", default="cifar10-dar")
+    parser.add_argument("--models", nargs="+", default=["cifar10-dar"])
+    parser.add_argument("--num", type=int, default=10000, help="images or samples")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
+    parser.add_argument("--cfg-scale", type=float)
+    parser.add_argument("--cfg-schedule", default="constant")
+    parser.add_argument("--out", default="docs")
+    given = parser.parse_args()
+    commands[given.table](given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""The command line as a user meets it, on a tiny model made here."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vision_ar
+from vision_ar.backbones.llama import Llama, LlamaSize
+from vision_ar.checkpoints.store import Description, bundled_names, describe, save_model
+from vision_ar.generator import Generator
+from vision_ar.objectives.next_token import NextToken
+from vision_ar.sample_cli import main
+from vision_ar.tokenizers.diffusion import DiffusionTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ["ant", "bee", "cow"]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    tokenizer = DiffusionTokenizer.tiny()
+    torch.nn.init.normal_(tokenizer.velocity.conv_out.weight, std=0.3)
+    generator = Generator(tokenizer.spec, lambda s: Llama(s, LlamaSize("tiny"), num_classes=3), NextToken())
+    torch.nn.init.normal_(generator.heads["token"].output.weight, std=0.3)
+    described = Description(
+        describe(tokenizer), describe(generator.backbone), describe(generator.objective), NAMES, {"cfg_scale": 2.0}
+    )
+    parts = {"tokenizer": tokenizer, "generator": generator}
+    return save_model(tmp_path_factory.mktemp("model"), described, parts, "# Card\n")
+
+
+def sample(model: Path, out: Path, *args: str) -> dict:
+    main(["--model", str(model), "--out", str(out), "--device", "cpu", *args])
+    return json.loads((out / "samples.json").read_text())
+
+
+def pixels(out: Path, number: int) -> np.ndarray:
+    return np.asarray(Image.open(out / f"{number:05d}.png"))
+
+
+def refused(capsys, *args: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(args))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def test_the_folder_holds_images_grid_and_report(model, tmp_path) -> None:
+    report = sample(model, tmp_path / "out", "--num", "5", "--labels", "2", "ant", "--seed", "40")
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == [*(f"{i:05d}.png" for i in range(5)), "grid.png", "samples.json"]
+    assert report["images"] == [{"file": f"{i:05d}.png", "label": [2, 0][i % 2], "seed": 40 + i} for i in range(5)]
+    assert report["settings"]["cfg_scale"] == 2.0
+    assert set(report) == {"images", "model", "settings", "seconds"}
+    assert len(report["model"]["hash"]) == 16
+    assert pixels(tmp_path / "out", 0).shape == (8, 8, 3)
+
+
+def test_without_labels_every_class_gets_its_turn(model, tmp_path) -> None:
+    report = sample(model, tmp_path, "--num", "4")
+    assert [image["label"] for image in report["images"]] == [0, 1, 2, 0]
+
+
+def test_image_i_of_seed_s_is_image_zero_of_seed_s_plus_i(model, tmp_path) -> None:
+    sample(model, tmp_path / "all", "--num", "3", "--labels", "bee", "--seed", "5")
+    sample(model, tmp_path / "one", "--num", "1", "--labels", "bee", "--seed", "7")
+    assert np.array_equal(pixels(tmp_path / "all", 2), pixels(tmp_path / "one", 0))
+
+
+def test_batch_size_and_previews_do_not_change_the_images(model, tmp_path) -> None:
+    sample(model, tmp_path / "a", "--num", "5")
+    sample(model, tmp_path / "b", "--num", "5", "--batch-size", "2", "--previews")
+    for number in range(5):
+        assert np.abs(pixels(tmp_path / "a", number).astype(int) - pixels(tmp_path / "b", number)).max() <= 1
+
+
+def test_previews_are_a_sheet_and_an_animation_that_ends_with_the_images(model, tmp_path) -> None:
+    sample(model, tmp_path, "--num", "3", "--previews")
+    with Image.open(tmp_path / "previews.gif") as animation:
+        assert animation.n_frames == 4  # one per group
+    sheet = Image.open(tmp_path / "previews.png")
+    assert sheet.width // 4 == pytest.approx(sheet.height // 3, abs=3)  # 3 rows of samples, 4 columns of groups
+
+
+def test_a_prefix_keeps_the_first_tokens_of_a_picture(model, tmp_path) -> None:
+    reference = tmp_path / "reference.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 14, 3), dtype=np.uint8)).save(reference)
+    sample(model, tmp_path / "out", "--num", "2", "--prefix-from", str(reference), "--prefix-tokens", "6")
+    pipe = vision_ar.load(model)
+    from vision_ar.pictures import read_image
+
+    wanted = pipe.tokenizer.encode(read_image(reference, 8)).ids[0, :6]
+    forced = pipe.keep_prefix(read_image(reference, 8), 6, 2)
+    samples = pipe.sample([0, 1], forced=forced)
+    assert torch.equal(samples.ids[:, :6], wanted.expand(2, -1))
+    assert not torch.equal(samples.ids[0, 6:], samples.ids[1, 6:])
+
+
+def test_a_second_run_leaves_no_files_of_the_first(model, tmp_path) -> None:
+    sample(model, tmp_path, "--num", "4", "--previews")
+    (tmp_path / "mine.txt").write_text("keep")
+    sample(model, tmp_path, "--num", "2")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"00000.png", "00001.png", "grid.png", "samples.json", "mine.txt"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--labels", "3"], "labels must be 0 to 2, got 3"),
+        (["--labels", "-1"], "labels must be 0 to 2, got -1"),
+        (["--labels", "dog"], "labels must be class ids or names .ant, bee, cow., got 'dog'"),
+        (["--cfg-scale", "-1"], "cfg_scale must be at least 0, got -1.0"),
+        (["--cfg-schedule", "wavy"], "invalid choice: 'wavy'"),
+        (["--temperature", "-0.5"], "temperature must be at least 0, got -0.5"),
+        (["--top-k", "0"], "top_k must be at least 1, got 0"),
+        (["--top-p", "1.5"], "top_p must be in"),
+        (["--num", "0"], "num must be at least 1, got 0"),
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["--prefix-from", "nowhere.png"], "image must be a file, got nowhere.png"),
+        (["--device", "cuda:99"], "device must be one that this machine has, got cuda:99"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+    ids=str,
+)
+def test_errors_are_one_line_with_code_2_and_nothing_written(model, tmp_path, capsys, args, message) -> None:
+    error = refused(capsys, "--model", str(model), "--out", str(tmp_path / "out"), *args)
+    import re
+
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_an_unknown_model_lists_the_known_ones(tmp_path, capsys) -> None:
+    error = refused(capsys, "--model", "nope", "--out", str(tmp_path))
+    assert all(name in error for name in bundled_names()) and "got nope" in error
+
+
+def test_an_unwritable_folder_is_refused_before_any_work(model, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    error = refused(capsys, "--model", str(model), "--out", str(tmp_path / "file" / "out"))
+    assert "out must be a folder that can be written" in error
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "other sizes", "pickle"])
+def test_damaged_weights_are_refused(model, tmp_path, capsys, damage) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("config.yaml", "README.md", "model.safetensors"):
+        (broken / name).write_bytes((model / name).read_bytes())
+    target = broken / "model.safetensors"
+    if damage == "truncated":
+        target.write_bytes(target.read_bytes()[:-1000])
+    elif damage == "garbage":
+        target.write_bytes(b"not weights at all" * 100)
+    elif damage == "other sizes":
+        config = (broken / "config.yaml").read_text()
+        (broken / "config.yaml").write_text(config.replace("vocab_size: 16", "vocab_size: 32"))
+    else:
+        target = broken / "evil.ckpt"
+        torch.save({"state_dict": {}, "vision_ar": Evil()}, target)
+        broken = target
+    error = refused(capsys, "--model", str(broken), "--out", str(tmp_path / "out"))
+    assert "broken" in error
+    assert not (tmp_path / "pwned").exists()
+
+
+class Evil:
+    """What a pickle could do if it were run."""
+
+    def __reduce__(self):  # noqa: ANN204
+        return (Path("pwned").write_text, ("",))
+
+
+def test_a_config_cannot_name_foreign_code(model, tmp_path, capsys) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    config = (model / "config.yaml").read_text()
+    (broken / "config.yaml").write_text(
+        config.replace("vision_ar.tokenizers.diffusion.DiffusionTokenizer", "subprocess.Popen")
+    )
+    assert "class_path must name a class of vision_ar" in refused(
+        capsys, "--model", str(broken), "--out", str(tmp_path / "out")
+    )
+
+
+def test_the_script_itself_runs(model, tmp_path) -> None:
+    command = [sys.executable, str(ROOT / "sample.py"), "--model", str(model), "--num", "2", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "2 images in" in done.stdout and (tmp_path / "grid.png").exists()
+
+
+def test_streaming_tells_every_token_and_every_preview(model) -> None:
+    pipe = vision_ar.load(model)
+    events = list(pipe.stream([1], seed=3))
+    assert [event.kind for event in events].count("tokens") == 8
+    assert [event.written for event in events if event.kind == "preview"] == [2, 4, 6, 8]
+    last = events[-1]
+    whole = pipe.sample([1], seed=3)
+    assert last.kind == "done" and torch.equal(last.ids, whole.ids)
+    torch.testing.assert_close(last.preview.clamp(-1, 1), whole.images, rtol=0, atol=1e-5)
+
+
+def test_saved_models_come_back_the_same(model, tmp_path) -> None:
+    saved = vision_ar.load(model)
+    description = Description(
+        describe(saved.tokenizer), describe(saved.generator.backbone), describe(saved.generator.objective), NAMES
+    )
+    again = save_model(tmp_path, description, {"tokenizer": saved.tokenizer, "generator": saved.generator}, "")
+    first, second = (vision_ar.load(path).sample([0, 1, 2], seed=9, cfg_scale=1.5) for path in (model, again))
+    assert torch.equal(first.ids, second.ids) and torch.equal(first.images, second.images)
+    assert dataclasses.asdict(description)["tokenizer"]["init_args"]["image_size"] == 8

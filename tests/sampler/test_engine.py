@@ -1,0 +1,151 @@
+import pytest
+import torch
+
+from tests.sampler.plain import plain_sample
+from vision_ar.backbones.llama import Llama, LlamaSize
+from vision_ar.generator import Generator
+from vision_ar.interfaces import FREE, TokenSpec
+from vision_ar.objectives.block import Block
+from vision_ar.objectives.masked import Masked
+from vision_ar.objectives.next_token import NextToken
+from vision_ar.sampler.engine import Condition, Session, stream
+from vision_ar.sampler.guidance import constant, cosine, interval, linear
+from vision_ar.sampler.logits import Law
+from vision_ar.tokenizers.diffusion import DiffusionTokenizer
+
+LABELS = torch.tensor([0, 2, 1])
+SEEDS = torch.tensor([11, 12, 13])
+LAWS = [Law(0), Law(), Law(0.7, top_k=5, top_p=0.8), Law(1.3, min_p=0.2)]
+SCHEDULES = [None, constant(3.0), linear(4.0, 1.1), cosine(2.0), interval(3.0, 0.3, 0.8)]
+
+
+def make_generator(objective=None, **settings) -> Generator:
+    torch.manual_seed(0)
+    spec = TokenSpec(8, (2, 2, 2, 2), vocab_size=16, grid=settings.pop("grid", None))
+    size = LlamaSize("tiny", dim=32, num_kv_heads=settings.pop("num_kv_heads", None))
+    generator = Generator(spec, lambda s: Llama(s, size, num_classes=3, **settings), objective or NextToken())
+    torch.nn.init.normal_(generator.heads["token"].output.weight, std=0.5)
+    return generator.eval()
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    return make_generator()
+
+
+def write(generator: Generator, labels=LABELS, seeds=SEEDS, law=LAWS[1], schedule=None, forced=None) -> torch.Tensor:
+    session = Session(generator, Condition(labels=labels), seeds, law, schedule, forced)
+    for _ in stream(session):
+        pass
+    return session.ids
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["off", "constant", "linear", "cosine", "interval"])
+def test_cached_batched_sampling_equals_the_plain_sampler(generator, law, schedule) -> None:
+    expected = [plain_sample(generator, int(c), int(s), law, schedule) for c, s in zip(LABELS, SEEDS, strict=True)]
+    assert torch.equal(write(generator, law=law, schedule=schedule), torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"rotary": "none"}, {"rotary": "2d", "grid": (2, 4), "silent_prefix": True}, {"num_kv_heads": 1}],
+    ids=str,
+)
+def test_every_backbone_variant_samples_like_the_plain_sampler(settings) -> None:
+    generator = make_generator(**settings)
+    expected = [plain_sample(generator, int(c), int(s), LAWS[1]) for c, s in zip(LABELS, SEEDS, strict=True)]
+    assert torch.equal(write(generator), torch.stack(expected))
+
+
+def test_a_sample_does_not_depend_on_its_batch(generator) -> None:
+    together = write(generator, schedule=constant(2.0))
+    alone = write(generator, LABELS[1:2], SEEDS[1:2], schedule=constant(2.0))
+    assert torch.equal(together[1:2], alone)
+
+
+def test_forced_tokens_stay_and_the_rest_equals_the_plain_sampler(generator) -> None:
+    forced = torch.full((3, 8), FREE)
+    forced[:, [0, 3, 7]] = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    ids = write(generator, forced=forced)
+    assert torch.equal(ids[:, [0, 3, 7]], forced[:, [0, 3, 7]])
+    expected = plain_sample(generator, int(LABELS[2]), int(SEEDS[2]), LAWS[1], forced=forced[2])
+    assert torch.equal(ids[2], expected)
+
+
+def test_other_seeds_give_other_samples(generator) -> None:
+    labels = torch.zeros(32, dtype=torch.int64)
+    ids = write(generator, labels, torch.arange(32))
+    assert len({tuple(row.tolist()) for row in ids}) > 28
+
+
+def test_the_draws_follow_the_law(generator) -> None:
+    # chi-square over the 16 first tokens of 4000 seeds; 15 degrees of freedom, 0.1 % quantile 37.7
+    count = 4000
+    session = Session(generator, Condition(labels=torch.ones(count, dtype=torch.int64)), torch.arange(count))
+    session.step()
+    seen = torch.bincount(session.ids[:, 0], minlength=16).double()
+    with torch.no_grad():
+        from vision_ar.interfaces import AttentionPattern, Tokens
+
+        tokens = Tokens.of(generator.spec, ids=session.ids[:1].clamp(min=0), labels=torch.tensor([1])).columns(0, 0)
+        backbone = generator.backbone
+        hidden = backbone(backbone.embed(tokens), backbone.place(tokens), AttentionPattern())
+        expected = count * generator.heads["token"](hidden[:, -1])[0].double().softmax(-1)
+    common = expected >= 5
+    statistic = ((seen - expected).square() / expected)[common].sum()
+    rest = (seen[~common].sum() - expected[~common].sum()).square() / expected[~common].sum().clamp_min(1e-9)
+    assert statistic + (rest if (~common).any() else 0) < 37.7
+
+
+def test_streaming_gives_the_tokens_and_pictures_of_decoding_at_the_end(generator) -> None:
+    torch.manual_seed(1)
+    tokenizer = DiffusionTokenizer.tiny().eval()
+    for block in tokenizer.velocity.blocks:
+        torch.nn.init.normal_(block.modulation.weight, std=0.1)
+    torch.nn.init.normal_(tokenizer.velocity.conv_out.weight, std=0.1)
+    session = Session(generator, Condition(labels=LABELS), SEEDS)
+    events = list(stream(session, tokenizer, SEEDS))
+    previews = [event for event in events if event.kind == "preview"]
+    assert [event.written for event in previews] == list(generator.spec.ends)
+    assert torch.equal(session.ids, write(generator))
+    from vision_ar.interfaces import Tokens
+
+    with torch.no_grad():
+        whole = tokenizer.decode(Tokens.of(tokenizer.spec, ids=session.ids), SEEDS)
+    torch.testing.assert_close(events[-1].preview, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_block_size_one_samples_like_next_token() -> None:
+    assert torch.equal(write(make_generator(Block(1))), write(make_generator(NextToken())))
+
+
+def test_block_sampling_equals_one_forward_over_the_result() -> None:
+    generator = make_generator(Block(2))
+    ids = write(generator, law=Law(0))
+    from vision_ar.interfaces import Tokens
+
+    plan = generator.objective.plan(Tokens.of(generator.spec, ids=ids, labels=LABELS))
+    backbone = generator.backbone
+    with torch.no_grad():
+        hidden = backbone(backbone.embed(plan.inputs), backbone.place(plan.inputs), plan.attention)
+        rows, columns = plan.readouts[0].at.unbind(-1)
+        greedy = generator.heads["token"](hidden[rows, columns + 1]).argmax(-1)
+    assert torch.equal(greedy, plan.readouts[0].target)
+
+
+def test_a_masked_model_says_that_it_cannot_write() -> None:
+    generator = make_generator(Masked(), mask_token=True)
+    with pytest.raises(ValueError, match="Masked cannot write sequences"):
+        write(generator)
+
+
+def test_wrong_arguments_are_refused(generator) -> None:
+    with pytest.raises(ValueError, match="forced must hold ids below 16"):
+        write(generator, forced=torch.full((3, 8), 16))
+    with pytest.raises(ValueError, match="forced must have shape"):
+        write(generator, forced=torch.zeros(3, 7, dtype=torch.int64))
+    session = Session(generator, Condition(labels=LABELS), SEEDS)
+    list(stream(session))
+    with pytest.raises(RuntimeError, match="finished session"):
+        session.step()

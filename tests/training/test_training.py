@@ -1,0 +1,165 @@
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from vision_ar.backbones.llama import Llama, LlamaSize
+from vision_ar.checkpoints.store import load_model
+from vision_ar.data.images import Digits
+from vision_ar.layers.velocity import VelocityConfig
+from vision_ar.tokenizers.diffusion import DiffusionTokenizer, LossConfig
+from vision_ar.training.callbacks import EMA, CodebookUsage, ExportModel
+from vision_ar.training.generator import GeneratorModule
+from vision_ar.training.pictures import Pictures
+from vision_ar.training.schedules import Schedule
+from vision_ar.training.tokenizer import TokenizerModule
+
+
+def tokenizer_module(**settings) -> TokenizerModule:
+    torch.manual_seed(0)
+    tokenizer = DiffusionTokenizer.tiny()
+    tokenizer.quantizer.revive_every = 7
+    return TokenizerModule(tokenizer, schedule=Schedule("cosine", warmup_steps=5, total_steps=20), **settings)
+
+
+def generator_module(**settings) -> GeneratorModule:
+    torch.manual_seed(0)
+    tokenizer = DiffusionTokenizer.tiny()
+    return GeneratorModule(
+        tokenizer=tokenizer,
+        backbone=lambda spec: Llama(spec, LlamaSize("tiny", dim=32), num_classes=10, dropout=0.1),
+        schedule=Schedule("linear", total_steps=20),
+        **settings,
+    )
+
+
+def data() -> Digits:
+    return Digits(image_size=8, batch_size=64)
+
+
+def trainer(folder: Path, max_steps: int, callbacks=(), **settings) -> L.Trainer:
+    return L.Trainer(
+        max_steps=max_steps,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=1,
+        default_root_dir=folder,
+        callbacks=[*callbacks, ModelCheckpoint(folder / "checkpoints", save_last=True, every_n_train_steps=10)],
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("module", [tokenizer_module, generator_module], ids=["tokenizer", "generator"])
+def test_twenty_steps_equal_ten_and_ten_resumed(tmp_path, module) -> None:
+    whole = module()
+    trainer(tmp_path / "whole", 20, [EMA(0.9)]).fit(whole, data())
+    first = module()
+    trainer(tmp_path / "parts", 10, [EMA(0.9)]).fit(first, data())
+    second = module()
+    last = tmp_path / "parts/checkpoints/last.ckpt"
+    trainer(tmp_path / "parts", 20, [EMA(0.9)]).fit(second, data(), ckpt_path=last)
+    for (name, wanted), got in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(wanted, got), name
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("module", [tokenizer_module, generator_module], ids=["tokenizer", "generator"])
+def test_training_lowers_the_loss(tmp_path, module) -> None:
+    trained = module()
+    before = trainer(tmp_path, 0).validate(trained, data(), verbose=False)[0]["val/loss"]
+    trained.schedule = Schedule(total_steps=60)
+    trained.optimizer = lambda groups: torch.optim.AdamW(groups, lr=3e-3)
+    trainer(tmp_path, 60).fit(trained, data())
+    after = trainer(tmp_path, 0).validate(trained, data(), verbose=False)[0]["val/loss"]
+    assert after < 0.97 * before
+
+
+def test_the_average_warms_up_and_validation_uses_it(tmp_path) -> None:
+    module = generator_module()
+    ema = EMA(0.999)
+    trainer(tmp_path, 10, [ema]).fit(module, data())
+    average = 0.0
+    for n in range(9):  # after the first update, which copies, update n moves by 1 - min(decay, (1 + n) / (10 + n))
+        average += (1 - min(0.999, (2 + n) / (11 + n))) * (1.0 - average)
+    assert average > 0.99  # the random start has nearly left the average after ten steps
+    torch.testing.assert_close(
+        ema._average(torch.zeros(1), torch.ones(1), 1), torch.full((1,), 1 - 2 / 11), rtol=1e-6, atol=0
+    )
+
+
+def test_a_finished_run_leaves_a_model_that_samples(tmp_path) -> None:
+    import vision_ar
+
+    module = generator_module()
+    callbacks = [Pictures(4), EMA(), CodebookUsage(1), ExportModel()]
+    trainer(tmp_path, 3, callbacks, val_check_interval=3).fit(module, data())
+    pipe = vision_ar.load(tmp_path)
+    samples = pipe.sample(labels=[1, 2], cfg_scale=2.0, seed=3)
+    assert samples.images.shape == (2, 3, 8, 8)
+    assert pipe.class_names == [str(digit) for digit in range(10)]
+    for (name, wanted), got in zip(
+        module.generator.state_dict().items(), pipe.generator.state_dict().values(), strict=True
+    ):
+        assert torch.equal(wanted, got), name
+    assert list((tmp_path / "pictures").glob("samples-*.png"))
+
+
+def test_a_checkpoint_opens_as_a_model_weights_only(tmp_path) -> None:
+    trainer(tmp_path, 10).fit(tokenizer_module(), data())
+    saved = load_model(tmp_path / "checkpoints" / "last.ckpt")
+    assert saved.generator is None and saved.tokenizer.spec.seq_len == 8
+
+
+def test_init_from_starts_a_new_run_from_old_weights(tmp_path) -> None:
+    old = tokenizer_module()
+    trainer(tmp_path, 3, [ExportModel()]).fit(old, data())
+    new = tokenizer_module(init_from=str(tmp_path))
+    assert torch.equal(new.tokenizer.quantizer.codebook, old.tokenizer.quantizer.codebook)
+    with pytest.raises(ValueError, match="init_from must hold weights of this model"):
+        TrainedElsewhere(init_from=str(tmp_path))
+
+
+class TrainedElsewhere(TokenizerModule):
+    """A module without any of the saved names."""
+
+    def __init__(self, init_from: str) -> None:
+        L.LightningModule.__init__(self)
+        self.other = torch.nn.Linear(1, 1)
+        from vision_ar.training.warm_start import load_init
+
+        load_init(self, init_from)
+
+
+def test_a_tokenizer_of_another_size_is_refused(tmp_path) -> None:
+    trainer(tmp_path, 3, [ExportModel()]).fit(tokenizer_module(), data())
+    other = DiffusionTokenizer(8, 3, 8, 4, vocab_size=32, latent_dim=4)
+    with pytest.raises(ValueError, match="tokenizer_from|must have shape"):
+        GeneratorModule(tokenizer_from=str(tmp_path), tokenizer=other)
+
+
+def test_a_generator_needs_a_tokenizer() -> None:
+    with pytest.raises(ValueError, match="tokenizer_from must name a trained tokenizer"):
+        GeneratorModule()
+
+
+def test_two_processes_train_and_agree(tmp_path) -> None:
+    module = tokenizer_module()
+    settings = {"devices": 2, "strategy": "ddp_fork"}
+    trainer(tmp_path, 10, [EMA()], **settings).fit(module, data())
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=False)
+    assert saved["global_step"] == 10
+    assert all(bool(value.isfinite().all()) for value in saved["state_dict"].values())
+
+
+def test_losses_that_need_missing_weights_say_how_to_get_them(tmp_path) -> None:
+    sizes = {"image_size": 16, "seq_len": 16}
+    with pytest.raises(ValueError, match="repa_weights must name a file"):
+        DiffusionTokenizer(**sizes, losses=LossConfig(repa=0.5))
+    losses = LossConfig(repa=0.5, repa_layer=0, repa_weights=str(tmp_path / "none.pth"))
+    tokenizer = DiffusionTokenizer(**sizes, velocity=VelocityConfig(64, 1, 8), losses=losses)
+    with pytest.raises(FileNotFoundError, match="repa_weights must be a file with timm's vit_base_patch14_dinov2"):
+        tokenizer.training_losses(torch.zeros(2, 3, 16, 16))

@@ -1,0 +1,6 @@
+"""Train a tokenizer or a generator: python train.py fit --config configs/quickstart.yaml."""
+
+from vision_ar.training.cli import main
+
+if __name__ == "__main__":
+    main()

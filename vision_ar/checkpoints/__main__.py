@@ -1,0 +1,57 @@
+"""python -m vision_ar.checkpoints export SOURCE --out DIR: make a model folder to publish."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vision_ar.checkpoints.store import CARD, describe, load_model, resolve, save_model
+
+DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Export as the arguments say; user errors are one line and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m vision_ar.checkpoints", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("export", help="copy a model without what only training needs")
+    export.add_argument("source", help="model folder, training run, checkpoint or bundled name")
+    export.add_argument("--out", type=Path, required=True, help="folder to write")
+    export.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored weights (default float32)")
+    export.add_argument("--card", type=Path, help="text of README.md; by default the source's")
+    export.add_argument("--cfg-scale", type=float, help="default guidance of the model")
+    given = parser.parse_args(args)
+    try:
+        export_model(given.source, given.out, DTYPES[given.dtype], given.card, given.cfg_scale)
+    except (ValueError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def export_model(
+    source: str, out: Path, dtype: torch.dtype | None = None, card: Path | None = None, cfg_scale: float | None = None
+) -> None:
+    """Write a model folder without training-only parts and say how large it is."""
+    saved = load_model(source)
+    saved.tokenizer.drop_training_parts()
+    described = saved.description
+    described.tokenizer = describe(saved.tokenizer)
+    if cfg_scale is not None:
+        described.sampling["cfg_scale"] = cfg_scale
+    parts: dict[str, nn.Module] = {"tokenizer": saved.tokenizer}
+    if saved.generator is not None:
+        parts["generator"] = saved.generator
+    found = resolve(source) / CARD
+    text = card.read_text() if card else found.read_text() if found.is_file() else "# Model card\n"
+    save_model(out, described, parts, text, dtype)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"wrote {out} ({size / 2**20:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Perceptual terms that need somebody else's weights: LPIPS and REPA. Off by default, loaded on first use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DINO_DIM = 768
+DINO_SIZE = 224
+REPA_WIDTH = 2048  # D-AR code
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class PerceptualLosses(nn.Module):
+    """LPIPS of an estimate and REPA alignment of features, each only when its weight is positive.
+
+    The judges are kept out of the state dict: they are not part of a tokenizer.
+
+    Args:
+        lpips: weight of LPIPS; only whether it is positive matters here.
+        repa: weight of REPA, likewise.
+        repa_weights: file with DINOv2 ViT-B/14 weights as timm stores them.
+        dim: width of the features that REPA reads.
+    """
+
+    def __init__(self, lpips: float, repa: float, repa_weights: str | None, dim: int) -> None:
+        super().__init__()
+        self.uses_lpips, self.uses_repa, self._repa_weights = lpips > 0, repa > 0, repa_weights
+        if self.uses_repa and repa_weights is None:
+            raise ValueError("repa_weights must name a file with DINOv2 ViT-B/14 weights when repa > 0, got None")
+        if self.uses_repa:
+            layers = (nn.Linear(dim, REPA_WIDTH), nn.Linear(REPA_WIDTH, REPA_WIDTH), nn.Linear(REPA_WIDTH, DINO_DIM))
+            self.repa_out = nn.Sequential(layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])
+        self._judges: dict[str, nn.Module] = {}
+
+    def forward(self, images: Tensor, estimate: Tensor, features: Tensor) -> dict[str, Tensor]:
+        """Named losses; empty when both are off.
+
+        Args:
+            images: the data, (B, 3, H, W), in [-1, 1].
+            estimate: what the decoder makes of it, (B, 3, H, W).
+            features: patch vectors of the velocity net on a square grid, (B, T, D).
+        """
+        named = {}
+        if self.uses_lpips:
+            judge = self._judge("lpips", load_lpips).to(images.device)
+            with torch.autocast(images.device.type, enabled=False):
+                named["lpips"] = judge(estimate.float().clamp(-1, 1), images.float())
+        if self.uses_repa:
+            judge = self._judge("repa", lambda: load_dino(self._repa_weights)).to(images.device)
+            named["repa"] = repa_loss(self.repa_out(features), dino_features(judge, images))
+        return named
+
+    def _judge(self, name: str, load) -> nn.Module:  # type: ignore[no-untyped-def]
+        if name not in self._judges:
+            self._judges[name] = load().eval().requires_grad_(False)
+        return self._judges[name]
+
+
+def repa_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
+    """1 - cosine between predictions (B, T, C) and judge features (B, S, C), pooled to the judge's grid."""
+    side, judge_side = (round(x.shape[1] ** 0.5) for x in (predicted, wanted))
+    grid = predicted.transpose(1, 2).unflatten(2, (side, side))
+    pooled = F.adaptive_avg_pool2d(grid, judge_side).flatten(2).transpose(1, 2)
+    return 1 - F.cosine_similarity(pooled.float(), wanted.float(), dim=-1).mean()
+
+
+def dino_features(judge: nn.Module, images: Tensor) -> Tensor:
+    """Normalised patch tokens of DINOv2 at 224 pixels, (B, 256, 768)."""
+    mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    pixels = F.interpolate((images + 1) / 2, size=DINO_SIZE, mode="bicubic", align_corners=False)
+    with torch.no_grad():
+        return judge.forward_features((pixels - mean) / std)[:, 1:]  # type: ignore[operator]
+
+
+def load_lpips() -> nn.Module:
+    """LPIPS with a VGG-16 trunk, from torchmetrics and torchvision.
+
+    Raises:
+        RuntimeError: when the trunk's weights are neither cached nor to be downloaded.
+    """
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    try:
+        return LearnedPerceptualImagePatchSimilarity(net_type="vgg")
+    except (OSError, ModuleNotFoundError) as error:
+        raise RuntimeError(
+            "losses.lpips must be 0 unless torchvision can load VGG-16 (ImageNet) weights: put vgg16-397923af.pth into "
+            f"the torch hub checkpoints folder, or go online once; got {type(error).__name__}: {error}"
+        ) from error
+
+
+def load_dino(path: str | None) -> nn.Module:
+    """DINOv2 ViT-B/14 from a timm weights file.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+    """
+    import timm
+
+    if path is None or not Path(path).is_file():
+        raise FileNotFoundError(f"repa_weights must be a file with timm's vit_base_patch14_dinov2 weights, got {path}")
+    return timm.create_model(
+        "vit_base_patch14_dinov2.lvd142m", pretrained=False, checkpoint_path=path, img_size=DINO_SIZE
+    )

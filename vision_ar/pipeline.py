@@ -1,0 +1,273 @@
+"""What users hold: a tokenizer and a generator that sample together.
+
+`vision_ar.load("cifar10-dar").sample(labels=[3, 7], cfg_scale=2.0, seed=0)` is the whole of it; `stream` takes the same
+arguments and yields events while the images arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vision_ar.checkpoints.store import SavedModel, load_model
+from vision_ar.generator import Generator
+from vision_ar.interfaces import FREE, Tokenizer, Tokens
+from vision_ar.sampler.engine import Condition, Event, Session, stream
+from vision_ar.sampler.guidance import CfgSchedule, cfg_schedule
+from vision_ar.sampler.logits import Law
+
+
+@dataclass
+class Settings:
+    """How to sample; the defaults of a model come from its `config.yaml`.
+
+    Args:
+        cfg_scale: guidance strength; 1 is off.
+        cfg_schedule: constant, linear, cosine or interval, or a function of progress in [0, 1].
+        cfg_start: strength at the first token, for linear and cosine.
+        cfg_interval: progress between which guidance is on, for interval.
+        temperature: of the law; 0 is greedy.
+        top_k: keep the k most likely tokens; None is off.
+        top_p: nucleus filter; None is off.
+        min_p: keep tokens at least min_p times as likely as the best; None is off.
+    """
+
+    cfg_scale: float = 1.0
+    cfg_schedule: str | CfgSchedule = "constant"
+    cfg_start: float = 1.0
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def law(self) -> Law:
+        """The law these settings describe; raises ValueError for values out of range."""
+        return Law(self.temperature, self.top_k, self.top_p, self.min_p)
+
+    def schedule(self) -> CfgSchedule:
+        """The guidance schedule; raises ValueError for values out of range."""
+        if callable(self.cfg_schedule):
+            return self.cfg_schedule
+        begin, end = self.cfg_interval
+        return cfg_schedule(self.cfg_schedule, self.cfg_scale, self.cfg_start, begin, end)
+
+
+@dataclass
+class Samples:
+    """Finished samples.
+
+    Args:
+        images: (B, C, H, W), clamped to [-1, 1].
+        ids: their tokens, (B, T).
+        labels: their class ids.
+        seeds: their seeds.
+        previews: what was visible after each group, (B, groups, C, H, W), or None.
+    """
+
+    images: Tensor
+    ids: Tensor
+    labels: list[int]
+    seeds: list[int]
+    previews: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Samples]) -> Samples:
+        """Several batches as one."""
+        strips = [part.previews for part in parts if part.previews is not None]
+        return cls(
+            torch.cat([part.images for part in parts]),
+            torch.cat([part.ids for part in parts]),
+            [label for part in parts for label in part.labels],
+            [seed for part in parts for seed in part.seeds],
+            torch.cat(strips) if strips else None,
+        )
+
+
+class Pipeline:
+    """A tokenizer and a generator that sample together; made by `vision_ar.load`.
+
+    Args:
+        tokenizer: decodes what the generator writes.
+        generator: writes tokens.
+        class_names: names of the labels in order; may be empty.
+        defaults: settings where a call gives none.
+        name: of the model.
+        digest: of its weights.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        generator: Generator,
+        class_names: Sequence[str] = (),
+        defaults: dict[str, Any] | None = None,
+        name: str = "",
+        digest: str = "",
+    ) -> None:
+        self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
+        self.class_names, self.name, self.digest = list(class_names), name, digest
+        self.defaults = dict(defaults or {})
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that can be asked for."""
+        return len(self.class_names) or int(getattr(self.generator.backbone, "num_classes", 0))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the generator is."""
+        return next(self.generator.parameters()).device
+
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Pipeline:
+        """Move to a device; `dtype` is that of the generator, the tokenizer stays in float32."""
+        self.tokenizer.to(device)
+        self.generator.to(device, dtype)
+        return self
+
+    def settings(self, **given: Any) -> Settings:
+        """Settings of a call: what is given, else the model's defaults, checked."""
+        settings = Settings(**{**self.defaults, **given})
+        settings.law()
+        settings.schedule()
+        return settings
+
+    def stream(
+        self,
+        labels: Sequence[int],
+        seed: int | Sequence[int] = 0,
+        forced: Tensor | None = None,
+        previews: bool = True,
+        **settings: Any,
+    ) -> Iterator[Event]:
+        """Sample one image per label and tell what happens, token by token.
+
+        Args:
+            labels: class ids.
+            seed: of the first image, image i has seed + i; or one seed per image.
+            forced: tokens that are already decided, (B, T), -1 where the model chooses.
+            previews: decode after every group.
+            **settings: see `Settings`.
+
+        Returns:
+            Iterator of events; the preview of the last group, and of `done`, is the finished image.
+        """
+        chosen = self.settings(**settings)
+        seeds = torch.tensor(spread_seeds(seed, len(labels)))
+        condition = Condition(labels=torch.tensor(self.check_labels(labels)))
+        session = Session(self.generator, condition, seeds, chosen.law(), chosen.schedule(), forced)
+        return stream(session, self.tokenizer if previews else None, seeds.to(self.device))
+
+    def sample(
+        self,
+        labels: Sequence[int],
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 64,
+        forced: Tensor | None = None,
+        previews: bool = False,
+        **settings: Any,
+    ) -> Samples:
+        """Sample one image per label, in batches; the arguments are those of `stream`."""
+        return Samples.joined(list(self.sample_batches(labels, seed, batch_size, forced, previews, **settings)))
+
+    def sample_batches(
+        self,
+        labels: Sequence[int],
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 64,
+        forced: Tensor | None = None,
+        previews: bool = False,
+        on_event: Callable[[Event, int], None] | None = None,
+        **settings: Any,
+    ) -> Iterator[Samples]:
+        """Like `sample`, batch by batch; `on_event(event, batch size)` is called for every event."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        seeds = spread_seeds(seed, len(labels))
+        for start in range(0, len(labels), batch_size):
+            part = slice(start, start + batch_size)
+            rows = None if forced is None else forced[part]
+            shown: list[Tensor | None] = []
+            for event in self.stream(labels[part], seeds[part], rows, previews, **settings):
+                if event.kind == "preview":
+                    shown.append(event.preview)
+                if on_event is not None:
+                    on_event(event, len(seeds[part]))
+            yield self._finish(event, shown, list(labels[part]), seeds[part], previews)
+
+    def _finish(
+        self, event: Event, shown: list[Tensor | None], labels: list[int], seeds: list[int], previews: bool
+    ) -> Samples:
+        if event.preview is not None:
+            images = event.preview
+        else:
+            with torch.inference_mode():
+                images = self.tokenizer.decode(
+                    Tokens.of(self.tokenizer.spec, ids=event.ids), torch.tensor(seeds).to(self.device)
+                )
+        blank = torch.zeros_like(images)
+        strip = torch.stack([blank if x is None else x for x in shown], dim=1).clamp(-1, 1) if previews else None
+        return Samples(images.clamp(-1, 1), event.ids, labels, seeds, strip)
+
+    def keep_prefix(self, images: Tensor, num_tokens: int, count: int) -> Tensor:
+        """Forced tokens that keep the first tokens of reference images: layout control.
+
+        Args:
+            images: references, (R, C, H, W), cycled over the samples.
+            num_tokens: how many tokens are kept, 0 to all.
+            count: number of samples.
+
+        Returns:
+            (count, T), for the argument `forced`.
+        """
+        spec = self.tokenizer.spec
+        if not 0 <= num_tokens <= spec.seq_len:
+            raise ValueError(f"prefix_tokens must be 0 to {spec.seq_len}, got {num_tokens}")
+        ids = self.tokenizer.encode(images.to(self.device)).ids
+        assert ids is not None
+        forced = ids[torch.arange(count) % len(ids)].clone()
+        forced[:, num_tokens:] = FREE
+        return forced
+
+    def check_labels(self, labels: Sequence[int]) -> list[int]:
+        """The labels, or a ValueError for the first that does not exist."""
+        for label in labels:
+            if not 0 <= label < self.num_classes:
+                raise ValueError(f"labels must be 0 to {self.num_classes - 1}, got {label}")
+        return list(labels)
+
+
+def spread_seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """Seed + i for image i, or the given seeds when there is one per image."""
+    if isinstance(seed, int):
+        return [seed + i for i in range(count)]
+    if len(seed) != count:
+        raise ValueError(f"seed must be one number or one per image, got {len(seed)} for {count} images")
+    return list(seed)
+
+
+def load(source: str | Path | SavedModel, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
+    """Open a model for sampling.
+
+    Args:
+        source: bundled name, model folder, training run or checkpoint file.
+        device: where to.
+        dtype: of the generator.
+
+    Raises:
+        FileNotFoundError: when there is no such model.
+        ValueError: when it is damaged, or only a tokenizer.
+    """
+    saved = source if isinstance(source, SavedModel) else load_model(source)
+    if saved.generator is None:
+        raise ValueError(f"model must have a generator, {saved.name} is only a tokenizer")
+    described = saved.description
+    pipe = Pipeline(
+        saved.tokenizer, saved.generator, described.class_names, described.sampling, saved.name, saved.digest
+    )
+    return pipe.to(device, dtype)

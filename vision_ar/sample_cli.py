@@ -1,0 +1,203 @@
+"""What `sample.py` does: read arguments, sample, write a folder of pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vision_ar.interfaces import ImageTokenizer
+from vision_ar.pictures import columns_for, grid, read_image, save_previews, to_pil
+from vision_ar.pipeline import Pipeline, Samples, load
+from vision_ar.sampler.engine import Event
+from vision_ar.sampler.guidance import SCHEDULES
+
+DEFAULT_MODEL = "cifar10-dar"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SETTINGS = ("cfg_scale", "cfg_schedule", "cfg_start", "temperature", "top_k", "top_p", "min_p")
+USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what was wrong and leave."""
+        fail(message)
+
+
+def fail(message: object) -> NoReturn:
+    """Print one line to the error stream and leave with code 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `sample.py`."""
+    p = OneLineParser(prog="sample.py", description="Sample images from a saved model into a folder.")
+    p.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, model folder, training run or checkpoint")
+    p.add_argument("--labels", nargs="+", metavar="LABEL", help="class ids or names, cycled up to --num; default all")
+    p.add_argument("--num", type=int, default=16, help="number of images (default 16)")
+    p.add_argument("--cfg-scale", type=float, help="guidance strength, 1 is off")
+    p.add_argument("--cfg-schedule", choices=SCHEDULES, help="guidance strength over the tokens")
+    p.add_argument("--cfg-start", type=float, help="strength at the first token, for linear and cosine (default 1)")
+    p.add_argument("--cfg-interval", type=float, nargs=2, metavar=("BEGIN", "END"), help="for schedule interval")
+    p.add_argument("--temperature", type=float, help="divides the logits; 0 is greedy")
+    p.add_argument("--top-k", type=int, help="keep the k most likely tokens")
+    p.add_argument("--top-p", type=float, help="keep the most likely tokens up to this probability")
+    p.add_argument("--min-p", type=float, help="keep tokens at least this share as likely as the best")
+    p.add_argument("--seed", type=int, default=0, help="of image 0; image i has seed + i (default 0)")
+    p.add_argument("--batch-size", type=int, default=64, help="images at a time; does not change them (default 64)")
+    p.add_argument("--out", type=Path, default=Path("samples"), help="folder to write (default samples)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the generator (default float32)")
+    p.add_argument("--previews", action="store_true", help="also write previews.png and previews.gif")
+    p.add_argument("--prefix-from", type=Path, metavar="IMAGE", help="keep the first tokens of this picture")
+    p.add_argument("--prefix-tokens", type=int, default=16, help="how many tokens --prefix-from keeps (default 16)")
+    return p
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Sample as the arguments say; every error of the user is one line and exit code 2."""
+    given = parser().parse_args(args)
+    try:
+        check_writable(given.out)
+        pipe = load(given.model, pick_device(given.device), DTYPES[given.dtype])
+        sample_to_folder(pipe, given)
+    except USER_ERRORS as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail("stopped; nothing was written")
+
+
+def sample_to_folder(pipe: Pipeline, given: argparse.Namespace) -> None:
+    """Sample and write all files, or none."""
+    if given.num < 1:
+        raise ValueError(f"num must be at least 1, got {given.num}")
+    labels = cycle_labels(parse_labels(given.labels, pipe), given.num)
+    options = {name: getattr(given, name) for name in SETTINGS if getattr(given, name) is not None}
+    if given.cfg_interval is not None:
+        options["cfg_interval"] = tuple(given.cfg_interval)
+    settings = pipe.settings(**options)
+    forced = None
+    if given.prefix_from is not None:
+        tokenizer = pipe.tokenizer
+        if not isinstance(tokenizer, ImageTokenizer):
+            raise ValueError(f"prefix-from needs a model of images, got one with a {type(tokenizer).__name__}")
+        reference = read_image(given.prefix_from, tokenizer.image_size, tokenizer.channels)
+        forced = pipe.keep_prefix(reference, given.prefix_tokens, given.num)
+    start = time.perf_counter()
+    samples = run_with_bar(pipe, labels, given, forced, vars(settings))
+    seconds = round(time.perf_counter() - start, 3)
+    used = {**vars(settings), "dtype": given.dtype, "batch_size": given.batch_size}
+    if forced is not None:
+        used |= {"prefix_from": str(given.prefix_from), "prefix_tokens": given.prefix_tokens}
+    report = {"model": {"name": pipe.name, "hash": pipe.digest}, "settings": used, "seconds": seconds}
+    write_folder(given.out, samples, report)
+    rate = f"{given.num / seconds:.1f} images/s" if seconds else "at once"
+    print(f"{given.num} images in {seconds:.1f} s ({rate}) in {given.out}/, see {given.out / 'grid.png'}")
+
+
+def run_with_bar(
+    pipe: Pipeline, labels: list[int], given: argparse.Namespace, forced: Tensor | None, settings: dict[str, Any]
+) -> Samples:
+    """Sample with a progress bar on a terminal."""
+    total = pipe.tokenizer.spec.seq_len * len(labels)
+    with tqdm(total=total, unit="tok", disable=not sys.stderr.isatty()) as bar:
+        written = {"batch": 0}
+
+        def advance(event: Event, rows: int) -> None:
+            if event.kind == "tokens":
+                bar.update((event.written - written["batch"]) * rows)
+                written["batch"] = event.written
+            elif event.kind == "done":
+                written["batch"] = 0
+
+        batches = pipe.sample_batches(
+            labels, given.seed, given.batch_size, forced, given.previews, on_event=advance, **settings
+        )
+        return Samples.joined(list(batches))
+
+
+def write_folder(out: Path, samples: Samples, report: dict[str, Any]) -> None:
+    """Write images, grid, previews and `samples.json` beside the folder first, then move them in."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as scratch:
+        folder, images = Path(scratch), []
+        for number, image in enumerate(samples.images):
+            name = f"{number:05d}.png"
+            to_pil(image).save(folder / name)
+            images.append({"file": name, "label": samples.labels[number], "seed": samples.seeds[number]})
+        to_pil(grid(samples.images, columns_for(len(images)))).save(folder / "grid.png")
+        if samples.previews is not None:
+            save_previews(samples.previews, folder)
+        (folder / "samples.json").write_text(json.dumps({"images": images, **report}, indent=1))
+        for file in earlier_files(out):
+            file.unlink(missing_ok=True)
+        for file in sorted(folder.iterdir()):
+            shutil.move(file, out / file.name)
+
+
+def earlier_files(out: Path) -> list[Path]:
+    """Files that an earlier run wrote here, by its `samples.json`: they would mix with the new ones."""
+    try:
+        listed = [entry["file"] for entry in json.loads((out / "samples.json").read_text())["images"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    names = [name for name in listed if isinstance(name, str) and Path(name).name == name]
+    return [out / name for name in [*names, "previews.png", "previews.gif"]]
+
+
+def check_writable(out: Path) -> None:
+    """Raise when the folder cannot be made or written, before any work is done."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise OSError(f"out must be a folder that can be written, got {out}: {error.strerror}") from error
+
+
+def pick_device(name: str) -> str:
+    """The device to use; auto takes a GPU when there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that this machine has, got {name}: {reason}") from error
+    return name
+
+
+def parse_labels(given: Sequence[str] | None, pipe: Pipeline) -> list[int]:
+    """Class ids from ids or names; all classes when none are given."""
+    if given is None:
+        return list(range(pipe.num_classes))
+    names = {name.lower(): label for label, name in enumerate(pipe.class_names)}
+    labels = []
+    for text in given:
+        if text.lower() in names:
+            labels.append(names[text.lower()])
+            continue
+        try:
+            labels.append(int(text))
+        except ValueError:
+            known = ", ".join(pipe.class_names) or f"ids 0 to {pipe.num_classes - 1}"
+            raise ValueError(f"labels must be class ids or names ({known}), got {text!r}") from None
+    return pipe.check_labels(labels)
+
+
+def cycle_labels(labels: list[int], count: int) -> list[int]:
+    """Repeat the labels in order up to `count`."""
+    return [labels[i % len(labels)] for i in range(count)]

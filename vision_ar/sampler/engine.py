@@ -1,0 +1,215 @@
+"""The sampler: one session writes a batch of sequences, step by step, with a key-value cache.
+
+What a sample becomes depends on its seed and the settings alone, not on batch, neighbours, streaming or device. The
+plain sampler in `tests/sampler/plain.py` says in thirty lines what this file does fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vision_ar.generator import Generator
+from vision_ar.interfaces import FREE, AttentionPattern, Step, Tokenizer, Tokens, TokenSpec
+from vision_ar.sampler.guidance import CfgSchedule, guide_logits
+from vision_ar.sampler.logits import Law, draw
+from vision_ar.shapes import check_shape
+
+
+@dataclass
+class Condition:
+    """What new sequences are conditioned on.
+
+    Args:
+        labels: class ids, (B,), or None.
+        cond: features, (B, S, D), or None.
+        cond_mask: True for real features, (B, S), or None.
+    """
+
+    labels: Tensor | None = None
+    cond: Tensor | None = None
+    cond_mask: Tensor | None = None
+
+
+@dataclass
+class Event:
+    """One thing that happened while sampling.
+
+    Args:
+        kind: tokens (new ones were written), preview (a group is complete and can be shown) or done.
+        ids: all ids so far, (B, T), `FREE` where not yet written.
+        written: number of tokens written per sample.
+        preview: images or other data that can be shown now, or None.
+    """
+
+    kind: str
+    ids: Tensor
+    written: int
+    preview: Tensor | None = None
+
+
+class Session:
+    """Writes one batch of sequences with one generator.
+
+    Args:
+        generator: backbone and heads, in evaluation mode.
+        condition: of the rows.
+        seeds: one per row, (B,), int64.
+        law: temperature and filters.
+        cfg_schedule: guidance over the sequence; None is off.
+        forced: tokens that are already decided, (B, T), `FREE` where the model chooses.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        condition: Condition,
+        seeds: Tensor,
+        law: Law = Law(),  # noqa: B008 immutable
+        cfg_schedule: CfgSchedule | None = None,
+        forced: Tensor | None = None,
+    ) -> None:
+        spec, batch_size = generator.spec, seeds.shape[0]
+        steps = generator.objective.steps(spec)
+        if steps is None:
+            raise ValueError(f"a model trained with {type(generator.objective).__name__} cannot write sequences")
+        check_shape("seeds", seeds, "B")
+        self.generator, self._law, self._steps = generator, law, list(steps)
+        device = next(generator.parameters()).device
+        self._seeds = seeds.to(device)
+        self._forced = check_forced(forced, batch_size, spec, device)
+        scales = guidance_scales(cfg_schedule, spec.seq_len)
+        self._scales = None if scales is None else scales.to(device)
+        self.ids = torch.full((batch_size, spec.seq_len), FREE, device=device)
+        self._tokens = self._lay_out(condition, device)
+        backbone = generator.backbone
+        self._positions = backbone.place(self._tokens)
+        self._cache = backbone.new_cache(self._tokens.batch_size)
+        self._cond_mask = self._tokens.cond_mask
+        self._next = 0
+
+    @property
+    def done(self) -> bool:
+        """True when every token is written."""
+        return self._next == len(self._steps)
+
+    @property
+    def written(self) -> int:
+        """Number of tokens written per sample."""
+        return sum(len(step.fill) for step in self._steps[: self._next])
+
+    @torch.inference_mode()
+    def step(self) -> Step:
+        """Take the next step: read what is new, draw, write; return what was filled.
+
+        Raises:
+            RuntimeError: when the sequences are complete.
+        """
+        if self.done:
+            raise RuntimeError("step must not be called on a finished session")
+        step = self._steps[self._next]
+        logits = self._logits(step)  # (B, R, V)
+        fill = torch.tensor(step.fill, device=logits.device)
+        rows, reads = logits.shape[:2]
+        chosen = draw(
+            self._law(logits).flatten(0, 1), self._seeds.repeat_interleave(reads), fill.repeat(rows)
+        ).unflatten(0, (rows, reads))
+        if self._forced is not None:
+            decided = self._forced[:, fill]
+            chosen = torch.where(decided == FREE, chosen, decided)
+        self.ids[:, fill] = chosen
+        self._next += 1
+        return step
+
+    def _logits(self, step: Step) -> Tensor:
+        """Guided logits at the step's read positions, (B, R, V)."""
+        backbone, prefix = self.generator.backbone, self.generator.backbone.prefix_len
+        first = self._next == 0
+        fed = self._fed_tokens(step)
+        embedded = [backbone.embed_condition(fed)] if first else []
+        embedded += [backbone.embed_tokens(fed)] if step.feed else []
+        columns = list(range(prefix)) * first + [prefix + column for column in step.feed]
+        hidden = backbone(
+            torch.cat(embedded, dim=1),
+            self._positions[:, columns],
+            AttentionPattern(step.attention),
+            self._cache,
+            cond_mask=self._cond_mask,
+        )
+        self._cache.commit()
+        # column c of the sequence is at this place among the vectors just computed
+        place = {column: number for number, column in enumerate([*range(-prefix, 0)] * first + [*step.feed])}
+        read = hidden[:, [place[column] for column in step.read]]
+        logits = self.generator.heads["token"](read)
+        if self._scales is None:
+            return logits
+        cond, uncond = logits.chunk(2)
+        return guide_logits(cond, uncond, self._scales[list(step.fill)])
+
+    def _fed_tokens(self, step: Step) -> Tokens:
+        ids = self.ids[:, list(step.feed)]
+        tokens = self._tokens
+        columns = Tokens(
+            positions=tokens.positions[:, list(step.feed)],
+            group=tokens.group[:, list(step.feed)],
+            ids=ids if self._scales is None else ids.repeat(2, 1),
+            labels=tokens.labels,
+            cond=tokens.cond,
+            cond_mask=tokens.cond_mask,
+        )
+        return columns
+
+    def _lay_out(self, condition: Condition, device: torch.device) -> Tokens:
+        """The whole sequence with its condition; with guidance, unconditional rows follow the conditional ones."""
+        parts = {k: v.to(device) for k, v in vars(condition).items() if v is not None}
+        ids = self.ids
+        if self._scales is not None:
+            ids = ids.repeat(2, 1)
+            parts = self.generator.backbone.with_null_rows(parts)
+        return Tokens.of(self.generator.spec, ids=ids, **parts)
+
+
+def guidance_scales(cfg_schedule: CfgSchedule | None, seq_len: int) -> Tensor | None:
+    """cfg_scale of every token, (T,), float32; None when guidance is off throughout."""
+    if cfg_schedule is None:
+        return None
+    scales = torch.tensor([cfg_schedule(t / max(1, seq_len - 1)) for t in range(seq_len)])
+    return None if bool((scales == 1).all()) else scales
+
+
+def check_forced(forced: Tensor | None, batch_size: int, spec: TokenSpec, device: torch.device | str) -> Tensor | None:
+    """Forced tokens on the device, checked."""
+    if forced is None:
+        return None
+    check_shape("forced", forced, "B T", B=batch_size, T=spec.seq_len)
+    if int(forced.min()) < FREE or int(forced.max()) >= (spec.vocab_size or 0):
+        raise ValueError(f"forced must hold ids below {spec.vocab_size} or {FREE}, got {int(forced.max())}")
+    return forced.to(device)
+
+
+def stream(session: Session, tokenizer: Tokenizer | None = None, seeds: Tensor | None = None) -> Iterator[Event]:
+    """Run a session to its end and tell what happens; with a tokenizer, previews after every group.
+
+    Args:
+        session: fresh.
+        tokenizer: decodes previews; None leaves them out.
+        seeds: of the rows, for decoders that draw noise.
+    """
+    ends = session.generator.spec.ends
+    with torch.inference_mode():
+        preview = None if tokenizer is None else tokenizer.open_preview(session.ids.shape[0], seeds)
+    group, shown = 0, None
+    while not session.done:
+        session.step()
+        yield Event("tokens", session.ids.clone(), session.written)
+        while group < len(ends) and ends[group] <= session.written:
+            if preview is not None:
+                start = ends[group - 1] if group else 0
+                with torch.inference_mode():
+                    shown = preview.feed(session.ids[:, start : ends[group]])
+                yield Event("preview", session.ids.clone(), session.written, shown)
+            group += 1
+    yield Event("done", session.ids, session.written, shown)

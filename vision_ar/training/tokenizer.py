@@ -1,0 +1,55 @@
+"""Lightning module that trains any tokenizer."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from vision_ar.evaluation.reconstruction import psnr
+from vision_ar.interfaces import Tokenizer
+from vision_ar.training.base import TrainingModule
+from vision_ar.training.schedules import Schedule
+from vision_ar.training.warm_start import load_init
+
+
+class TokenizerModule(TrainingModule):
+    """Train one tokenizer by the losses it names.
+
+    Args:
+        tokenizer: what is trained.
+        optimizer: called with the parameter groups.
+        schedule: of the learning rate.
+        init_from: model folder, bundled name or checkpoint whose tokenizer weights the run starts from.
+        seed: of the draws in training.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        optimizer: OptimizerCallable = partial(torch.optim.AdamW, lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0),
+        schedule: Schedule = Schedule(),  # noqa: B008 never changed
+        init_from: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.tokenizer, self.optimizer, self.schedule, self.seed = tokenizer, optimizer, schedule, seed
+        if init_from is not None:
+            load_init(self, init_from)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch of images."""
+        losses = self.tokenizer.training_losses(batch["images"], self.step_generator())
+        self.log_losses("train", losses, len(batch["images"]))
+        return losses["loss"]
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Losses at draws that are the same every time, and the reconstruction error."""
+        images = batch["images"]
+        draws = torch.Generator().manual_seed(batch_idx)
+        self.log_losses("val", self.tokenizer.training_losses(images, draws), len(images))
+        rebuilt = self.tokenizer.decode(self.tokenizer.encode(images))
+        self.log("val/psnr", psnr(rebuilt, images).mean(), prog_bar=True, batch_size=len(images), sync_dist=True)

@@ -9,7 +9,7 @@ from vision_ar.backbones.llama import Llama, LlamaSize
 from vision_ar.checkpoints.store import load_model
 from vision_ar.data.images import Digits
 from vision_ar.layers.velocity import VelocityConfig
-from vision_ar.tokenizers.diffusion import DiffusionTokenizer, LossConfig
+from vision_ar.tokenizers.diffusion import CoderConfig, DiffusionTokenizer, LossConfig
 from vision_ar.training.callbacks import EMA, CodebookUsage, ExportModel
 from vision_ar.training.generator import GeneratorModule
 from vision_ar.training.pictures import Pictures
@@ -136,8 +136,9 @@ class TrainedElsewhere(TokenizerModule):
 
 def test_a_tokenizer_of_another_size_is_refused(tmp_path) -> None:
     trainer(tmp_path, 3, [ExportModel()]).fit(tokenizer_module(), data())
-    other = DiffusionTokenizer(8, 3, 8, 4, vocab_size=32, latent_dim=4)
-    with pytest.raises(ValueError, match="tokenizer_from|must have shape"):
+    coder, velocity = CoderConfig(32, 1, 16, 0.5, 4), VelocityConfig(32, 1, 4, 16)
+    other = DiffusionTokenizer(8, 3, 8, 4, 32, 4, encoder=coder, decoder=coder, velocity=velocity)
+    with pytest.raises(ValueError, match="codebook must have shape .32, 4., got .16, 4."):
         GeneratorModule(tokenizer_from=str(tmp_path), tokenizer=other)
 
 
@@ -146,13 +147,43 @@ def test_a_generator_needs_a_tokenizer() -> None:
         GeneratorModule()
 
 
-def test_two_processes_train_and_agree(tmp_path) -> None:
+class WriteParameters(L.Callback):
+    """Leave the weights of every process in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        flat = torch.nn.utils.parameters_to_vector(pl_module.parameters()).detach()
+        torch.save({"weights": flat, "images": self.images}, self.folder / f"{trainer.global_rank}.pt")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.images = batch["images"].sum()
+
+
+def test_two_processes_train_on_different_images_and_agree(tmp_path) -> None:
     module = tokenizer_module()
     settings = {"devices": 2, "strategy": "ddp_fork"}
-    trainer(tmp_path, 10, [EMA()], **settings).fit(module, data())
-    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=False)
+    trainer(tmp_path, 10, [EMA(), WriteParameters(tmp_path)], **settings).fit(module, data())
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first["weights"], second["weights"])
+    assert not torch.equal(first["images"], second["images"])
+    assert not torch.equal(first["weights"], torch.nn.utils.parameters_to_vector(tokenizer_module().parameters()))
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt")
     assert saved["global_step"] == 10
     assert all(bool(value.isfinite().all()) for value in saved["state_dict"].values())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_fused_optimisers_are_clipped_like_plain_ones(tmp_path, precision) -> None:
+    ends = []
+    for fused in (False, True):
+        module = tokenizer_module(optimizer=lambda groups, fused=fused: torch.optim.SGD(groups, lr=1.0, fused=fused))
+        start = torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+        trainer(tmp_path, 3, gradient_clip_val=0.01, precision=precision).fit(module, data())
+        ends.append(torch.nn.utils.parameters_to_vector(module.parameters()).detach())
+        assert 0 < (ends[-1] - start).norm() < 0.0301  # three steps of length at most 0.01; unclipped ones are longer
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-4)
 
 
 def test_losses_that_need_missing_weights_say_how_to_get_them(tmp_path) -> None:

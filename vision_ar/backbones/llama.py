@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -161,9 +162,15 @@ class Llama(Backbone):
         if self.rotary == "1d":
             ahead = torch.arange(prefix, device=tokens.positions.device)[None, :, None].expand(batch, -1, 1)
             ahead = torch.full_like(ahead, SILENT) if self.silent_prefix else ahead
-            return torch.cat([ahead, tokens.positions[..., :1] + prefix], dim=1)
+            return torch.cat([ahead, self._counted(tokens.positions) + prefix], dim=1)
         start = SILENT if self.silent_prefix else 0
         return F.pad(tokens.positions, (0, 0, prefix, 0), value=start)
+
+    def _counted(self, positions: Tensor) -> Tensor:
+        """Places (B, T, A) as one number each, row-major on a grid, (B, T, 1)."""
+        grid = self.spec.grid or (self.spec.seq_len,)
+        strides = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
+        return (positions * torch.tensor(strides, device=positions.device)).sum(dim=-1, keepdim=True)
 
     def forward(
         self,

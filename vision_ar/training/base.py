@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from vision_ar.checkpoints.store import DESCRIPTION_KEY, Description, describe
 from vision_ar.data.codes import tokenizer_hash
@@ -43,6 +44,19 @@ class TrainingModule(L.LightningModule):
         optimizer = self.optimizer(groups)
         scheduler = self.schedule.attach(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says, fused optimisers too: Lightning refuses those even where no scaler is involved."""
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if gradient_clip_val and fused and self.trainer.precision != "16-mixed":
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def parts(self) -> dict[str, nn.Module]:
         """The modules that make up the saved model, by the names `checkpoints/store.py` knows."""

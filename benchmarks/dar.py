@@ -120,7 +120,7 @@ def order(given: argparse.Namespace) -> None:
         pipe = vision_ar.load(name)
         for scale in given.scales:
             start = time.perf_counter()
-            images, _, labels = draw(pipe, given.num, False, cfg_scale=scale, cfg_schedule="constant")
+            images, _, labels = draw(pipe, given.num, False, **{**settings_of(given), "cfg_scale": scale})
             rate = given.num / (time.perf_counter() - start)
             distance = frechet_distance(moments(images, classifier), data)
             print(f"{name}   {scale:g}   {distance:.3f}   {accuracy(images, labels, classifier):.1%}   {rate:.1f}")
@@ -140,8 +140,9 @@ def pictures(given: argparse.Namespace) -> None:
 
 
 def settings_of(given: argparse.Namespace) -> dict[str, float | str]:
-    """Guidance as given, else the model's own defaults."""
-    return {} if given.cfg_scale is None else {"cfg_scale": given.cfg_scale, "cfg_schedule": given.cfg_schedule}
+    """Sampling settings that were given; the model's own defaults stand for the others."""
+    names = ("cfg_scale", "cfg_schedule", "temperature", "top_p")
+    return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
 
 
 @torch.inference_mode()
@@ -156,7 +157,9 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=10000, help="images or samples")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--cfg-scale", type=float)
-    parser.add_argument("--cfg-schedule", default="constant")
+    parser.add_argument("--cfg-schedule")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-p", type=float)
     parser.add_argument("--out", default="docs")
     given = parser.parse_args()
     commands[given.table](given)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vision_ar.checkpoints.store import bundled_names
+from vision_ar.pipeline import load
 from vision_ar.sample_cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +44,8 @@ def test_the_sampling_commands_run_in_order(tmp_path, monkeypatch) -> None:
 def test_the_python_example_runs() -> None:
     shown = []
     exec(PYTHON[0], {"show": shown.append})  # noqa: S102 our own README
-    assert len(shown) == 8 and shown[0].shape == (1, 3, 32, 32)
+    groups = load("cifar10-dar").tokenizer.spec.groups
+    assert len(shown) == len(groups) and shown[0].shape == (1, 3, 32, 32)
 
 
 def test_the_training_commands_run_in_order(tmp_path) -> None:

@@ -27,12 +27,12 @@ def source(tmp_path):
 
 
 def test_an_export_drops_training_parts_and_samples_the_same(source, tmp_path) -> None:
-    main(["export", str(source), "--out", str(tmp_path / "out"), "--cfg-scale", "1.5"])
+    main(["export", str(source), "--out", str(tmp_path / "out"), "--sampling", "cfg_scale=1.5", "temperature=0.9"])
     with safe_open(str(tmp_path / "out" / "model.safetensors"), "pt") as file:
         assert not [name for name in file.keys() if "anchor" in name]  # noqa: SIM118
     assert (tmp_path / "out" / "README.md").read_text() == "# The card\n"
     before, after = vision_ar.load(source), vision_ar.load(tmp_path / "out")
-    assert after.defaults == {"cfg_scale": 1.5}
+    assert after.defaults == {"cfg_scale": 1.5, "temperature": 0.9}
     first, second = (pipe.sample([0, 2], seed=4, cfg_scale=2.0) for pipe in (before, after))
     assert torch.equal(first.ids, second.ids) and torch.equal(first.images, second.images)
 

@@ -42,7 +42,10 @@ def test_rotation_equals_turning_every_pair_by_hand(axes: int, head_dim: int, ba
     x = torch.randn(2, 3, positions.shape[1], head_dim, generator=seeded(0))
     found = apply_rotary(x, rotary_table(positions, head_dim, base))
     expected = [
-        [[slow_rotary(x[b, n, t].tolist(), place, base) for t, place in enumerate(positions[0].tolist())] for n in range(3)]
+        [
+            [slow_rotary(x[b, n, t].tolist(), place, base) for t, place in enumerate(positions[0].tolist())]
+            for n in range(3)
+        ]
         for b in range(2)
     ]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-5)
@@ -73,7 +76,9 @@ def test_scores_depend_on_the_difference_of_places_only(axes: int) -> None:
     query, key = torch.randn(2, 1, 1, 1, 16, generator=seeded(2)).unbind()
 
     def score(query_place: Tensor, key_place: Tensor) -> Tensor:
-        turned = [apply_rotary(x, rotary_table(p.view(1, 1, axes), 16)) for x, p in ((query, query_place), (key, key_place))]
+        turned = [
+            apply_rotary(x, rotary_table(p.view(1, 1, axes), 16)) for x, p in ((query, query_place), (key, key_place))
+        ]
         return (turned[0] * turned[1]).sum()
 
     first, second = torch.tensor([9, 4][:axes]), torch.tensor([2, 6][:axes])

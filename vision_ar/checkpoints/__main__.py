@@ -6,8 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from vision_ar.checkpoints.store import CARD, describe, load_model, resolve, save_model
@@ -24,25 +26,43 @@ def main(args: Sequence[str] | None = None) -> None:
     export.add_argument("--out", type=Path, required=True, help="folder to write")
     export.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored weights (default float32)")
     export.add_argument("--card", type=Path, help="text of README.md; by default the source's")
-    export.add_argument("--cfg-scale", type=float, help="default guidance of the model")
+    export.add_argument(
+        "--sampling",
+        nargs="+",
+        type=setting,
+        metavar="NAME=VALUE",
+        default=[],
+        help="default settings of the model, for instance cfg_scale=1.5 temperature=0.9",
+    )
     given = parser.parse_args(args)
     try:
-        export_model(given.source, given.out, DTYPES[given.dtype], given.card, given.cfg_scale)
+        export_model(given.source, given.out, DTYPES[given.dtype], given.card, dict(given.sampling))
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from error
 
 
+def setting(text: str) -> tuple[str, Any]:
+    """Name and value of NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"sampling must be NAME=VALUE, got {text!r}")
+    return name, yaml.safe_load(value)
+
+
 def export_model(
-    source: str, out: Path, dtype: torch.dtype | None = None, card: Path | None = None, cfg_scale: float | None = None
+    source: str,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    card: Path | None = None,
+    sampling: dict[str, Any] | None = None,
 ) -> None:
     """Write a model folder without training-only parts and say how large it is."""
     saved = load_model(source)
     saved.tokenizer.drop_training_parts()
     described = saved.description
     described.tokenizer = describe(saved.tokenizer)
-    if cfg_scale is not None:
-        described.sampling["cfg_scale"] = cfg_scale
+    described.sampling |= sampling or {}
     parts: dict[str, nn.Module] = {"tokenizer": saved.tokenizer}
     if saved.generator is not None:
         parts["generator"] = saved.generator

@@ -56,7 +56,7 @@ class FlowConfig:
     Args:
         data_std: images are multiplied by this before noise is added.
         time_shift: shift of the time, 1 is none.
-        num_steps: denoising steps when decoding; None is one per group.
+        num_steps: denoising steps when decoding; None is one per group, but at least 8.
         solver: ab2 (Adams-Bashforth, published) or euler.
     """
 

@@ -7,7 +7,7 @@ from safetensors import safe_open
 import vision_ar
 from vision_ar.backbones.llama import Llama, LlamaSize
 from vision_ar.checkpoints.__main__ import main
-from vision_ar.checkpoints.store import Description, describe, save_model
+from vision_ar.checkpoints.store import Description, describe, load_model, save_model
 from vision_ar.generator import Generator
 from vision_ar.layers.velocity import VelocityConfig
 from vision_ar.objectives.next_token import NextToken
@@ -35,6 +35,22 @@ def test_an_export_drops_training_parts_and_samples_the_same(source, tmp_path) -
     assert after.defaults == {"cfg_scale": 1.5, "temperature": 0.9}
     first, second = (pipe.sample([0, 2], seed=4, cfg_scale=2.0) for pipe in (before, after))
     assert torch.equal(first.ids, second.ids) and torch.equal(first.images, second.images)
+
+
+def test_a_tokenizer_with_a_better_decoder_can_be_taken_one_with_other_tokens_not(source, tmp_path, capsys) -> None:
+    saved = load_model(source)
+    with torch.no_grad():
+        saved.tokenizer.velocity.conv_out.weight.add_(0.1)
+    better = save_model(tmp_path / "better", Description(describe(saved.tokenizer)), {"tokenizer": saved.tokenizer}, "")
+    main(["export", str(source), "--out", str(tmp_path / "out"), "--tokenizer", str(better)])
+    weight = vision_ar.load(tmp_path / "out").tokenizer.velocity.conv_out.weight
+    assert torch.equal(weight, saved.tokenizer.velocity.conv_out.weight)
+    with torch.no_grad():
+        saved.tokenizer.quantizer.codebook.mul_(-1)
+    other = save_model(tmp_path / "other", Description(describe(saved.tokenizer)), {"tokenizer": saved.tokenizer}, "")
+    with pytest.raises(SystemExit):
+        main(["export", str(source), "--out", str(tmp_path / "no"), "--tokenizer", str(other)])
+    assert "tokenizer must make the same tokens" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 def test_half_precision_halves_the_file(source, tmp_path) -> None:

@@ -14,7 +14,7 @@ from vision_ar.training.cli import main, make_cli
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
-OVERLAYS = {"dar_cifar10_reversed": "dar_cifar10"}  # these change a few lines of another config
+OVERLAYS = {"dar_cifar10_reversed": "dar_cifar10", "dar_cifar10_decoder": "dar_cifar10"}  # these change a few lines of another config
 EMBEDDED = [path for path in CONFIGS if "digits" in path.name]
 
 
@@ -32,6 +32,8 @@ def arguments(path: Path, folder: Path) -> list[str]:
     given = [f"--config={file}" for file in files]
     if path.parent.name == "generators":
         given.append(f"--model.init_args.tokenizer_from={tokenizer_folder(base, folder)}")
+    elif "init_from" in path.read_text():
+        given.append(f"--model.init_args.init_from={tokenizer_folder(base, folder)}")
     return given
 
 

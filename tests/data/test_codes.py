@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from vision_ar.data.cache_codes import cache_codes, image_views, load_data, main
 from vision_ar.data.codes import CachedCodes, CodesRecord, tokenizer_hash
-from vision_ar.data.images import Digits
+from vision_ar.data.images import Digits, Parquet
 from vision_ar.interfaces import Preview, Tokenizer, Tokens, TokenSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -270,6 +270,12 @@ def test_data_section_may_stand_alone(tmp_path: Path) -> None:
     (tmp_path / "data.yaml").write_text("class_path: vision_ar.data.images.Digits\ninit_args: {batch_size: 7}\n")
     data = load_data(str(tmp_path / "data.yaml"))
     assert isinstance(data, Digits) and data.batch_size == 7
+
+
+def test_another_root_replaces_the_one_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text("data: {class_path: vision_ar.data.images.Parquet, init_args: {root: here}}\n")
+    data = load_data(str(tmp_path / "data.yaml"), root="there")
+    assert isinstance(data, Parquet) and data.root == "there"
 
 
 @pytest.mark.usefixtures("stored_tokenizer")

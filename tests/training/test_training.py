@@ -123,6 +123,17 @@ def test_init_from_starts_a_new_run_from_old_weights(tmp_path) -> None:
         TrainedElsewhere(init_from=str(tmp_path))
 
 
+def test_frozen_parts_stay_and_tokens_with_them(tmp_path) -> None:
+    module = tokenizer_module(frozen=["encoder", "quantizer"])
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    before, start = module.tokenizer.encode(images).ids, module.tokenizer.decoder.from_latents.weight.detach().clone()
+    trainer(tmp_path, 8).fit(module, data())  # unused codebook rows would be revived at batch 7
+    assert torch.equal(module.tokenizer.encode(images).ids, before)
+    assert not torch.equal(module.tokenizer.decoder.from_latents.weight, start)
+    with pytest.raises(ValueError, match="frozen must name parts of the tokenizer .encoder, .*got 'encoders'"):
+        tokenizer_module(frozen=["encoders"])
+
+
 class TrainedElsewhere(TokenizerModule):
     """A module without any of the saved names."""
 

@@ -12,7 +12,8 @@ import torch
 import yaml
 from torch import nn
 
-from vision_ar.checkpoints.store import CARD, describe, load_model, resolve, save_model
+from vision_ar.checkpoints.store import CARD, describe, load_model, load_tokenizer, resolve, save_model
+from vision_ar.interfaces import Tokenizer
 
 DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -26,6 +27,7 @@ def main(args: Sequence[str] | None = None) -> None:
     export.add_argument("--out", type=Path, required=True, help="folder to write")
     export.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored weights (default float32)")
     export.add_argument("--card", type=Path, help="text of README.md; by default the source's")
+    export.add_argument("--tokenizer", help="model whose tokenizer is taken instead, with the same encoder and codebook")
     export.add_argument(
         "--sampling",
         nargs="+",
@@ -36,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     given = parser.parse_args(args)
     try:
-        export_model(given.source, given.out, DTYPES[given.dtype], given.card, dict(given.sampling))
+        export_model(given.source, given.out, DTYPES[given.dtype], given.card, dict(given.sampling), given.tokenizer)
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from error
@@ -56,9 +58,12 @@ def export_model(
     dtype: torch.dtype | None = None,
     card: Path | None = None,
     sampling: dict[str, Any] | None = None,
+    tokenizer: str | None = None,
 ) -> None:
     """Write a model folder without training-only parts and say how large it is."""
     saved = load_model(source)
+    if tokenizer is not None:
+        saved.tokenizer = same_tokens(saved.tokenizer, load_tokenizer(tokenizer), tokenizer)
     saved.tokenizer.drop_training_parts()
     described = saved.description
     described.tokenizer = describe(saved.tokenizer)
@@ -71,6 +76,16 @@ def export_model(
     save_model(out, described, parts, text, dtype)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"wrote {out} ({size / 2**20:.1f} MiB)")
+
+
+def same_tokens(tokenizer: Tokenizer, other: Tokenizer, source: str) -> Tokenizer:
+    """The other tokenizer, after a check that it was trained on from this one with the tokens frozen."""
+    weights = other.state_dict()
+    for name, value in tokenizer.state_dict().items():
+        makes_tokens = name.startswith(("encoder.", "quantizer.")) and value.is_floating_point()
+        if makes_tokens and not (name in weights and torch.equal(weights[name], value)):
+            raise ValueError(f"tokenizer must make the same tokens, got {source} where {name} differs")
+    return other
 
 
 if __name__ == "__main__":

@@ -158,14 +158,21 @@ def _encode(tokenizer: Tokenizer, pixels: Tensor) -> Tensor:
     return ids.cpu()
 
 
-def load_data(path: str) -> ImageDataModule:
-    """Build the data module of a YAML file: the `data` section of a training config, or a class_path by itself."""
+def load_data(path: str, root: str | None = None) -> ImageDataModule:
+    """Build the data module of a YAML file: the `data` section of a training config, or a class_path by itself.
+
+    Args:
+        path: of the YAML file.
+        root: replaces the folder that the file names.
+    """
     import jsonargparse
     import yaml
 
     try:
         content = yaml.safe_load(Path(path).read_text())
         section = content.get("data", content)
+        if root is not None:
+            section["init_args"] = {**section.get("init_args", {}), "root": root}
         parser = jsonargparse.ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(ImageDataModule, "data", required=True)
         options = parser.parse_object({"data": section})
@@ -178,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vision_ar.data.cache_codes", description=__doc__.split("\n")[0])
     parser.add_argument("--tokenizer", required=True, help="saved model folder, bundled name or Lightning checkpoint")
     parser.add_argument("--data", required=True, help="YAML file with a data section, for instance a training config")
+    parser.add_argument("--root", help="folder of the images, in place of the one that the file names")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--split", nargs="+", default=["train", "val"], choices=["train", "val"], help="what to encode")
     parser.add_argument("--variants", type=int, default=1, choices=VARIANTS, help="views of a training image")
@@ -195,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         tokenizer = load_tokenizer(options.tokenizer).to(options.device or accelerator or torch.device("cpu"))
-        data = load_data(options.data)
+        data = load_data(options.data, options.root)
         cache_codes(tokenizer, data, options.out, options.split, options.variants, options.batch_size)
     except KeyboardInterrupt:
         parser.exit(130, "stopped; run the same command again to go on\n")

@@ -64,7 +64,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def track(self, tokens: Tensor, latents: Tensor) -> None:
-        """Add a training batch to the usage statistics, and revive unused rows when it is time.
+        """Add a training batch to the usage statistics, and revive unused rows when it is time; never frozen ones.
 
         Args:
             tokens: ids of any shape.
@@ -72,7 +72,7 @@ class VectorQuantizer(nn.Module):
         """
         self.seen_tokens += torch.tensor([tokens.numel(), 1], device=tokens.device)
         self.last_used[tokens.flatten()] = self.seen_tokens[0]
-        if self.revive_every and int(self.seen_tokens[1]) % self.revive_every == 0:
+        if self.revive_every and self.codebook.requires_grad and int(self.seen_tokens[1]) % self.revive_every == 0:
             self._revive(latents.flatten(0, -2))
 
     def _revive(self, latents: Tensor) -> None:

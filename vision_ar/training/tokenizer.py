@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -23,6 +24,8 @@ class TokenizerModule(TrainingModule):
         optimizer: called with the parameter groups.
         schedule: of the learning rate.
         init_from: model folder, bundled name or checkpoint whose tokenizer weights the run starts from.
+        frozen: parts of the tokenizer that stay as they are, for instance encoder and quantizer: then a longer training
+            of the decoder leaves the tokens, and generators trained on them, valid.
         seed: of the draws in training.
     """
 
@@ -32,6 +35,7 @@ class TokenizerModule(TrainingModule):
         optimizer: OptimizerCallable = partial(torch.optim.AdamW, lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0),
         schedule: Schedule = Schedule(),  # noqa: B008 never changed
         init_from: str | None = None,
+        frozen: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -39,6 +43,11 @@ class TokenizerModule(TrainingModule):
         self.tokenizer, self.optimizer, self.schedule, self.seed = tokenizer, optimizer, schedule, seed
         if init_from is not None:
             load_init(self, init_from)
+        parts = dict(tokenizer.named_modules())
+        for name in frozen:
+            if name not in parts:
+                raise ValueError(f"frozen must name parts of the tokenizer ({own_parts(tokenizer)}), got {name!r}")
+            parts[name].requires_grad_(False)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch of images."""
@@ -53,3 +62,8 @@ class TokenizerModule(TrainingModule):
         self.log_losses("val", self.tokenizer.training_losses(images, draws), len(images))
         rebuilt = self.tokenizer.decode(self.tokenizer.encode(images))
         self.log("val/psnr", psnr(rebuilt, images).mean(), prog_bar=True, batch_size=len(images), sync_dist=True)
+
+
+def own_parts(tokenizer: Tokenizer) -> str:
+    """Names of the parts that have weights, for messages."""
+    return ", ".join(name for name, part in tokenizer.named_children() if any(True for _ in part.parameters()))

@@ -1,4 +1,4 @@
-"""Train a tokenizer or a generator: python train.py fit --config configs/quickstart.yaml."""
+"""Train a tokenizer or a generator: python train.py fit --config configs/tokenizers/dar_digits.yaml."""
 
 from vision_ar.training.cli import main
 

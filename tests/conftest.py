@@ -24,3 +24,9 @@ def shared_reference() -> Path:
     if not folder.is_dir():
         pytest.skip("no recorded outputs of published systems; set VISION_AR_REFERENCE to the folder that holds them")
     return folder
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

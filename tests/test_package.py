@@ -28,7 +28,7 @@ SETUP_COMMANDS = {"run": "pip install -e . && python sample.py", "test": 'pip in
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "skimage": "scikit-image"}
 """Where the name to import is not the name to install."""
 
-FIRST = {"interfaces", "shapes"}
+FIRST = {"command_line", "interfaces", "shapes"}
 LOW = {"layers", "quantizers", "embeddings", "kernels"}
 NOUNS = {"tokenizers", "backbones", "objectives"}
 MIDDLE = {"generator", "checkpoints", "sampler"}
@@ -38,7 +38,8 @@ EVERYTHING = FIRST | LOW | NOUNS | MIDDLE | HIGH | SCRIPTS | {"data", "pictures"
 MAY_IMPORT = {
     "interfaces": set(),
     "shapes": set(),
-    "pictures": FIRST,
+    "command_line": set(),
+    "pictures": FIRST | {"data"},
     "data": FIRST | {"layers", "data"},
     "generator": FIRST | LOW,
     "checkpoints": FIRST | LOW | {"generator", "checkpoints"},  # classes of models are built by their names

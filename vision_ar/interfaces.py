@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -229,6 +229,10 @@ class Tokenizer(Recorded, nn.Module, ABC):
     def training_losses(self, data: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Named losses of one batch; `loss` is what to minimise, the others are for the log."""
 
+    def token_makers(self) -> dict[str, Any]:
+        """All that decides which tokens data gets, settings and weights by name: equal ones make the same tokens."""
+        return {**self.init_args, **self.state_dict()}
+
     def drop_training_parts(self) -> None:
         """Remove weights and settings that only `training_losses` needs, before a model is published."""
 
@@ -296,12 +300,32 @@ class Step:
         read: columns whose hidden vectors are used; -1 is the end of the condition prefix.
         fill: columns that get their token from them, same length as `read`.
         attention: among the columns fed together, causal or full.
+        head: name of the head that writes them.
     """
 
     feed: tuple[int, ...]
     read: tuple[int, ...]
     fill: tuple[int, ...]
     attention: str = "causal"
+    head: str = "token"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a head needs to know to write Q tokens; made by the sampler.
+
+    Args:
+        seeds: sample seed of each token, (Q,), int64: all noise is a function of seed and position.
+        positions: place of each token in its sample, (Q,), int64.
+        cfg_scales: guidance strength of each token, (Q,), or None when guidance is off. With guidance the hidden
+            vectors are 2 Q, all with the condition and then all without.
+        choose: the one law, for heads with logits: from logits (Q or 2 Q, V) to ids (Q,).
+    """
+
+    seeds: Tensor
+    positions: Tensor
+    cfg_scales: Tensor | None
+    choose: Callable[[Tensor], Tensor]
 
 
 class Objective(Recorded, ABC):
@@ -332,6 +356,8 @@ class Backbone(Recorded, nn.Module, ABC):
     spec: TokenSpec
     prefix_len: int
     """Condition vectors before the first token, at least 1."""
+    num_classes: int
+    """Class ids it can be conditioned on, 0 when it takes none."""
 
     @abstractmethod
     def embed_condition(self, tokens: Tokens) -> Tensor:
@@ -388,6 +414,10 @@ class Head(nn.Module, ABC):
     @abstractmethod
     def loss(self, hidden: Tensor, target: Tensor, kind: str) -> Tensor:
         """Loss of each readout, (Q,), float32, for the loss name `kind`."""
+
+    @abstractmethod
+    def sample(self, hidden: Tensor, draw: Draw) -> Tensor:
+        """New tokens from hidden vectors (Q or 2 Q, D): ids (Q,), or latents (Q, C)."""
 
 
 def run(backbone: Backbone, heads: Mapping[str, Head], plan: Plan) -> dict[str, Tensor]:

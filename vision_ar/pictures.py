@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from vision_ar.data.pixels import normalise
+from vision_ar.data.sources import BadImageError, FolderSource
+
 GRID_GAP = 2
 MIN_SHOWN_SIDE = 64  # smaller pictures are enlarged in grids, by whole factors, so that one can see them
 
@@ -26,7 +29,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def read_image(path: str | Path, size: int, channels: int = 3) -> Tensor:
-    """Read a picture, cut its middle square and resize it: (1, C, size, size) in [-1, 1].
+    """Read a picture as training does: its middle square, resized, (1, C, size, size) in [-1, 1].
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -35,15 +38,10 @@ def read_image(path: str | Path, size: int, channels: int = 3) -> Tensor:
     if not Path(path).is_file():
         raise FileNotFoundError(f"image must be a file, got {path}")
     try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB" if channels == 3 else "L")
-    except OSError as error:
-        raise ValueError(f"image must be a whole picture, {path} is not: {error}") from error
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size, size, channels)
-    return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
+        pixels, _ = FolderSource([(Path(path), 0)], [""]).square(0, size, channels)
+    except BadImageError as error:
+        raise ValueError(f"image must be a whole picture, {path} is not: {error.reason}") from error
+    return normalise(pixels)[None]
 
 
 def grid(images: Tensor, columns: int) -> Tensor:

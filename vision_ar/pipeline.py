@@ -6,6 +6,7 @@ arguments and yields events while the images arrive.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ class Pipeline:
     @property
     def num_classes(self) -> int:
         """Number of classes that can be asked for."""
-        return len(self.class_names) or int(getattr(self.generator.backbone, "num_classes", 0))
+        return self.generator.backbone.num_classes
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +133,11 @@ class Pipeline:
 
     def settings(self, **given: Any) -> Settings:
         """Settings of a call: what is given, else the model's defaults, checked."""
-        settings = Settings(**{**self.defaults, **given})
+        chosen = {**self.defaults, **given}
+        known = [field.name for field in dataclasses.fields(Settings)]
+        if unknown := chosen.keys() - set(known):
+            raise ValueError(f"settings must be among {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        settings = Settings(**chosen)
         settings.law()
         settings.schedule()
         return settings
@@ -244,11 +249,13 @@ class Pipeline:
 
 def spread_seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """Seed + i for image i, or the given seeds when there is one per image."""
-    if isinstance(seed, int):
-        return [seed + i for i in range(count)]
-    if len(seed) != count:
-        raise ValueError(f"seed must be one number or one per image, got {len(seed)} for {count} images")
-    return list(seed)
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise ValueError(f"seed must be one number or one per image, got {len(seeds)} for {count} images")
+    for value in seeds:
+        if not -(1 << 63) <= value < 1 << 63:
+            raise ValueError(f"seeds must fit into 64 bits, got {value}")
+    return seeds
 
 
 def load(source: str | Path | SavedModel, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:

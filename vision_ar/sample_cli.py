@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vision_ar.command_line import USER_ERRORS, OneLineParser, fail
 from vision_ar.interfaces import ImageTokenizer
 from vision_ar.pictures import columns_for, grid, read_image, save_previews, to_pil
 from vision_ar.pipeline import Pipeline, Samples, load
@@ -25,28 +26,18 @@ from vision_ar.sampler.guidance import SCHEDULES
 DEFAULT_MODEL = "cifar10-dar"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SETTINGS = ("cfg_scale", "cfg_schedule", "cfg_start", "temperature", "top_k", "top_p", "min_p")
-USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, with exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say what was wrong and leave."""
-        fail(message)
-
-
-def fail(message: object) -> NoReturn:
-    """Print one line to the error stream and leave with code 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
 
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of `sample.py`."""
     p = OneLineParser(prog="sample.py", description="Sample images from a saved model into a folder.")
     p.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, model folder, training run or checkpoint")
-    p.add_argument("--labels", nargs="+", metavar="LABEL", help="class ids or names, cycled up to --num; default all")
+    p.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="LABEL",
+        help="class names, or ids where no class has that name; cycled up to --num; default all",
+    )
     p.add_argument("--num", type=int, default=16, help="number of images (default 16)")
     p.add_argument("--cfg-scale", type=float, help="guidance strength, 1 is off")
     p.add_argument("--cfg-schedule", choices=SCHEDULES, help="guidance strength over the tokens")
@@ -59,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of image 0; image i has seed + i (default 0)")
     p.add_argument("--batch-size", type=int, default=64, help="images at a time; does not change them (default 64)")
     p.add_argument("--out", type=Path, default=Path("samples"), help="folder to write (default samples)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the generator (default float32)")
     p.add_argument("--previews", action="store_true", help="also write previews.png and previews.gif")
     p.add_argument("--prefix-from", type=Path, metavar="IMAGE", help="keep the first tokens of this picture")
@@ -77,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except USER_ERRORS as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("stopped; nothing was written")
+        fail("stopped")
 
 
 def sample_to_folder(pipe: Pipeline, given: argparse.Namespace) -> None:
@@ -142,10 +133,11 @@ def write_folder(out: Path, samples: Samples, report: dict[str, Any]) -> None:
         if samples.previews is not None:
             save_previews(samples.previews, folder)
         (folder / "samples.json").write_text(json.dumps({"images": images, **report}, indent=1))
-        for file in earlier_files(out):
+        earlier, written = earlier_files(out), sorted(folder.iterdir())
+        for file in written:
+            os.replace(file, out / file.name)
+        for file in set(earlier) - {out / file.name for file in written}:
             file.unlink(missing_ok=True)
-        for file in sorted(folder.iterdir()):
-            shutil.move(file, out / file.name)
 
 
 def earlier_files(out: Path) -> list[Path]:
@@ -159,13 +151,18 @@ def earlier_files(out: Path) -> list[Path]:
 
 
 def check_writable(out: Path) -> None:
-    """Raise when the folder cannot be made or written, before any work is done."""
+    """Raise when the folder cannot be made or written, before any work is done; leave nothing behind."""
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise OSError(f"out must be a folder that can be written, got {out}: {error.strerror}") from error
+        raise ValueError(f"out must be a folder that can be written, got {out}: {error.strerror}") from error
+    finally:
+        for folder in missing:
+            if folder.is_dir():
+                folder.rmdir()
 
 
 def pick_device(name: str) -> str:
@@ -173,7 +170,7 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, dtype=torch.float64, device=name)  # the keyed noise is made in float64
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be one that this machine has, got {name}: {reason}") from error

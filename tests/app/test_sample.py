@@ -16,6 +16,7 @@ from vision_ar.backbones.llama import Llama, LlamaSize
 from vision_ar.checkpoints.store import Description, bundled_names, describe, save_model
 from vision_ar.generator import Generator
 from vision_ar.objectives.next_token import NextToken
+from vision_ar.pictures import read_image
 from vision_ar.sample_cli import main
 from vision_ar.tokenizers.diffusion import DiffusionTokenizer
 
@@ -97,13 +98,30 @@ def test_a_prefix_keeps_the_first_tokens_of_a_picture(model, tmp_path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 14, 3), dtype=np.uint8)).save(reference)
     sample(model, tmp_path / "out", "--num", "2", "--prefix-from", str(reference), "--prefix-tokens", "6")
     pipe = vision_ar.load(model)
-    from vision_ar.pictures import read_image
-
     wanted = pipe.tokenizer.encode(read_image(reference, 8)).ids[0, :6]
     forced = pipe.keep_prefix(read_image(reference, 8), 6, 2)
     samples = pipe.sample([0, 1], forced=forced)
     assert torch.equal(samples.ids[:, :6], wanted.expand(2, -1))
     assert not torch.equal(samples.ids[0, 6:], samples.ids[1, 6:])
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGBA", "LA", "P"])
+def test_a_reference_is_read_as_training_reads_it(model, tmp_path, mode) -> None:
+    values = np.tile(np.linspace(0, 255, 16).astype(np.uint8), (16, 1))
+    picture = (
+        Image.fromarray(values.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(values).convert(mode)
+    )
+    picture.save(tmp_path / "reference.png")
+    read = read_image(tmp_path / "reference.png", 16)
+    assert read.shape == (1, 3, 16, 16)
+    expected = torch.linspace(-1, 1, 16).expand(3, 16, 16)
+    torch.testing.assert_close(read[0], expected, rtol=0, atol=0.02)
+
+
+def test_a_huge_picture_is_refused_in_one_line(model, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("L", (40, 40)).save(tmp_path / "huge.png")
+    refused(capsys, "--model", str(model), "--out", str(tmp_path / "out"), "--prefix-from", str(tmp_path / "huge.png"))
 
 
 def test_a_second_run_leaves_no_files_of_the_first(model, tmp_path) -> None:
@@ -127,6 +145,10 @@ def test_a_second_run_leaves_no_files_of_the_first(model, tmp_path) -> None:
         (["--top-p", "1.5"], "top_p must be in"),
         (["--num", "0"], "num must be at least 1, got 0"),
         (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["--seed", "99999999999999999999"], "seeds must fit into 64 bits, got 99999999999999999999"),
+        (["--cfg-scale", "1e39"], "logits must be finite, got NaN"),
+        (["--model", ""], "model must be a bundled name .*, got an empty name"),
+        (["--prefix-from", str(ROOT / "README.md")], "image must be a whole picture, .*README.md is not"),
         (["--prefix-from", "nowhere.png"], "image must be a file, got nowhere.png"),
         (["--device", "cuda:99"], "device must be one that this machine has, got cuda:99"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
@@ -138,7 +160,7 @@ def test_errors_are_one_line_with_code_2_and_nothing_written(model, tmp_path, ca
     import re
 
     assert re.search(message, error), error
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_model_lists_the_known_ones(tmp_path, capsys) -> None:

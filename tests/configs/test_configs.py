@@ -14,7 +14,10 @@ from vision_ar.training.cli import main, make_cli
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
-OVERLAYS = {"dar_cifar10_reversed": "dar_cifar10", "dar_cifar10_decoder": "dar_cifar10"}  # these change a few lines of another config
+OVERLAYS = {
+    "dar_cifar10_reversed": "dar_cifar10",
+    "dar_cifar10_decoder": "dar_cifar10",
+}  # these change a few lines of another config
 EMBEDDED = [path for path in CONFIGS if "digits" in path.name]
 
 
@@ -59,10 +62,40 @@ def test_embedded_configs_train_a_step(path, tmp_path, monkeypatch) -> None:
     assert not (tmp_path / "runs").exists()  # a trial run leaves nothing behind
 
 
-def test_user_errors_of_training_are_one_line_with_code_2(tmp_path, capsys) -> None:
-    path = ROOT / "configs" / "generators" / "dar_digits.yaml"
+GENERATOR = str(ROOT / "configs" / "generators" / "dar_digits.yaml")
+TOKENIZER = str(ROOT / "configs" / "tokenizers" / "dar_digits.yaml")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["fit", "--config", GENERATOR, "--model.init_args.tokenizer_from=nowhere"], "model must be a bundled name"),
+        (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["fit", "--config", TOKENIZER, "--trainer.no_such=1"], "no_such"),
+        (["fit", "--config", TOKENIZER, "--ckpt_path", str(ROOT / "README.md")], "ckpt_path must be a checkpoint"),
+        (["fit", "--config", TOKENIZER, "--trainer.max_steps=abc"], "max_steps"),
+        (["predict", "--config", TOKENIZER], "predict"),
+        (
+            [
+                "fit",
+                f"--config={TOKENIZER}",
+                "--model.init_args.tokenizer.init_args.losses.lpips=0.5",
+                "--model.init_args.tokenizer.init_args.channels=3",
+                "--data.init_args.channels=3",
+                "--trainer.max_steps=1",
+            ],
+            "losses.lpips must be 0 unless torchvision can load VGG-16",
+        ),
+    ],
+    ids=["tokenizer_from", "config", "option", "ckpt_path", "value", "predict", "lpips"],
+)
+def test_user_errors_of_training_are_one_line_with_code_2(args, message, tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(SystemExit) as stopped:
-        main(["fit", f"--config={path}", f"--model.init_args.tokenizer_from={tmp_path / 'missing'}"])
+        main(args)
     assert stopped.value.code == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1 and "model must be a bundled name" in error[0]
+    lines = capfd.readouterr().err.splitlines()
+    error = [line for line in lines if line.startswith("error: ")]
+    assert len(error) == 1 and message in error[0]
+    assert not [line for line in lines if line.startswith(("usage:", "Traceback"))]

@@ -106,6 +106,7 @@ def test_attention_equals_slow_attention(kind: str, prefix: int, cond_mask: Tens
     ("kind", "prefix", "cond_mask"),
     [(kind, PREFIX, None) for kind in PATTERNS] + [("causal", PREFIX, COND_MASK), ("prefix", 0, None)],
 )
+@torch.no_grad()
 def test_flex_attention_equals_the_plain_kernel(kind: str, prefix: int, cond_mask: Tensor | None) -> None:
     tensors = heads(prefix + LENGTH, key_heads=2)
     plain, flex = (
@@ -124,7 +125,8 @@ def test_plain_patterns_need_no_mask(kind: str, expected: Allowed) -> None:
 
 def test_flex_gives_a_block_mask_only_where_a_mask_is_needed() -> None:
     assert allow(PATTERNS["causal"], LENGTH, 0, "cpu", flex=True) == Allowed(causal=True)
-    assert allow(PATTERNS["block"], LENGTH, 0, "cpu", flex=True).block_mask is not None
+    with torch.no_grad():
+        assert allow(PATTERNS["block"], LENGTH, 0, "cpu", flex=True).block_mask is not None
 
 
 def test_a_hidden_prefix_vector_changes_nobody_but_itself() -> None:

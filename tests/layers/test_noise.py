@@ -192,7 +192,7 @@ def test_noise_of_extreme_bits_is_finite(monkeypatch: pytest.MonkeyPatch, bits: 
     assert normal.isfinite().all() and float(normal.abs()) < 7
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_a_gpu_gives_the_same_bits() -> None:
     seeds, positions, ids, _ = every_key()
     there = keyed_bits(seeds.cuda(), positions.cuda(), ids.cuda(), TOKEN_STREAM)

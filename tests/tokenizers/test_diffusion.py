@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.conftest import seeded
 from vision_ar.interfaces import Tokens
+from vision_ar.layers import perceptual
 from vision_ar.layers.noise import keyed_normal
 from vision_ar.layers.velocity import VelocityConfig
 from vision_ar.tokenizers.diffusion import (
@@ -299,6 +300,7 @@ def test_revival_is_off_unless_asked_for() -> None:
             {"image_size": 12, "velocity": VelocityConfig(dim=32, depth=1, patch_size=8, head_dim=16)},
             "velocity patch_size must divide image_size=12, got 8",
         ),
+        ({"losses": LossConfig(repa=0.5, repa_weights="x.pth")}, "repa_layer must be from 0 to 1, got 8"),
         ({"losses": LossConfig(repa=0.5)}, "repa_weights must name a file with DINOv2 ViT-B/14 weights when repa > 0"),
         ({"encoder": CoderConfig(dim=24, head_dim=16, patch_size=4)}, "dim must be a multiple of head_dim=16, got 24"),
     ],
@@ -308,9 +310,45 @@ def test_sizes_that_do_not_fit_are_refused(settings: dict[str, Any], message: st
         make_tokenizer(**settings)
 
 
-def test_an_unknown_solver_is_refused() -> None:
-    with pytest.raises(ValueError, match="solver must be ab2 or euler, got 'heun'"):
-        FlowConfig(solver="heun")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"solver": "heun"}, "solver must be ab2 or euler, got 'heun'"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"data_std": 0.0}, "data_std must be above 0, got 0.0"),
+        ({"time_shift": -1.0}, "time_shift must be above 0, got -1.0"),
+    ],
+)
+def test_flows_that_lead_nowhere_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FlowConfig(**settings)
+
+
+def test_a_negative_loss_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match="the weight of lpips must be at least 0, got -0.5"):
+        LossConfig(lpips=-0.5)
+
+
+class MeanError(torch.nn.Module):
+    """A judge in place of LPIPS: one number an image."""
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return (first - second).square().mean(dim=(1, 2, 3), keepdim=True)
+
+
+def test_lpips_judges_the_jump_to_the_end_and_reaches_pixels_out_of_range(monkeypatch) -> None:
+    monkeypatch.setattr(perceptual, "load_lpips", MeanError)
+    tokenizer = make_tokenizer(losses=LossConfig(lpips=0.5)).train()
+    torch.nn.init.constant_(tokenizer.velocity.conv_out.bias, 30.0)  # estimates far above 1
+    images, draws = make_images(), torch.Generator().manual_seed(0)
+    losses = tokenizer.training_losses(images, draws)
+    named = ("flow", "codebook", "commitment")
+    expected = losses["flow"] + losses["codebook"] + 0.25 * losses["commitment"] + 0.5 * losses["lpips"]
+    torch.testing.assert_close(losses["loss"], expected)
+    assert set(losses) == {*named, "lpips", "loss"}
+    (gradient,) = torch.autograd.grad(losses["lpips"], [tokenizer.velocity.conv_out.bias])
+    assert float(gradient.abs().min()) > 0
+    assert not [name for name in tokenizer.state_dict() if "judge" in name]
 
 
 def test_tensors_of_the_wrong_shape_are_refused() -> None:

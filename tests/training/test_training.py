@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from vision_ar.backbones.llama import Llama, LlamaSize
 from vision_ar.checkpoints.store import load_model
@@ -35,8 +36,8 @@ def generator_module(**settings) -> GeneratorModule:
     )
 
 
-def data() -> Digits:
-    return Digits(image_size=8, batch_size=64)
+def data(**settings) -> Digits:
+    return Digits(image_size=8, batch_size=64, **settings)
 
 
 def trainer(folder: Path, max_steps: int, callbacks=(), **settings) -> L.Trainer:
@@ -53,15 +54,19 @@ def trainer(folder: Path, max_steps: int, callbacks=(), **settings) -> L.Trainer
     )
 
 
-@pytest.mark.parametrize("module", [tokenizer_module, generator_module], ids=["tokenizer", "generator"])
-def test_twenty_steps_equal_ten_and_ten_resumed(tmp_path, module) -> None:
-    whole = module()
-    trainer(tmp_path / "whole", 20, [EMA(0.9)]).fit(whole, data())
+@pytest.mark.parametrize(
+    ("module", "num_workers"),
+    [(tokenizer_module, 0), (generator_module, 0), (generator_module, 1)],
+    ids=["tokenizer", "generator", "generator-worker"],
+)
+def test_twenty_steps_equal_ten_and_ten_resumed(tmp_path, module, num_workers) -> None:
+    whole = module()  # the stop is in the middle of an epoch of 24 steps
+    trainer(tmp_path / "whole", 20, [EMA(0.9)]).fit(whole, data(num_workers=num_workers))
     first = module()
-    trainer(tmp_path / "parts", 10, [EMA(0.9)]).fit(first, data())
+    trainer(tmp_path / "parts", 10, [EMA(0.9)]).fit(first, data(num_workers=num_workers))
     second = module()
     last = tmp_path / "parts/checkpoints/last.ckpt"
-    trainer(tmp_path / "parts", 20, [EMA(0.9)]).fit(second, data(), ckpt_path=last)
+    trainer(tmp_path / "parts", 20, [EMA(0.9)]).fit(second, data(num_workers=num_workers), ckpt_path=last)
     for (name, wanted), got in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(wanted, got), name
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
@@ -151,6 +156,50 @@ def test_a_tokenizer_of_another_size_is_refused(tmp_path) -> None:
     other = DiffusionTokenizer(8, 3, 8, 4, 32, 4, encoder=coder, decoder=coder, velocity=velocity)
     with pytest.raises(ValueError, match="codebook must have shape .32, 4., got .16, 4."):
         GeneratorModule(tokenizer_from=str(tmp_path), tokenizer=other)
+
+
+def test_more_classes_than_the_generator_knows_are_refused(tmp_path) -> None:
+    module = GeneratorModule(tokenizer=DiffusionTokenizer.tiny(), backbone=lambda spec: Llama(spec, num_classes=9))
+    with pytest.raises(ValueError, match="num_classes must be at least 10 for this data, got 9"):
+        trainer(tmp_path, 1).fit(module, data())
+
+
+def test_a_run_without_a_last_step_needs_to_know_where_its_schedule_ends(tmp_path) -> None:
+    module = tokenizer_module()
+    module.schedule = Schedule("cosine")
+    endless = {"max_epochs": -1, "max_time": "00:00:00:03"}
+    with pytest.raises(ValueError, match="schedule cosine needs total_steps"):
+        trainer(tmp_path, -1, **endless).fit(module, data())
+    module = generator_module()
+    module.schedule = Schedule()
+    ended = trainer(tmp_path, -1, **endless)
+    ended.fit(module, data())
+    assert ended.global_step > 0
+
+
+def test_pictures_reach_tensorboard_and_the_log_folder(tmp_path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger = TensorBoardLogger(tmp_path)
+    fitted = L.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=logger,
+        val_check_interval=2,
+        limit_val_batches=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Pictures(4)],
+    )
+    fitted.fit(generator_module(), data())
+    log = events.EventAccumulator(logger.log_dir)
+    log.Reload()
+    assert sorted(log.Tags()["images"]) == ["previews", "samples"]
+    assert len(list(Path(logger.log_dir, "pictures").iterdir())) == 2
+
+
+def test_evaluation_can_be_asked_for_alone(tmp_path) -> None:
+    for module, names in ((tokenizer_module(), {"test/psnr", "test/loss"}), (generator_module(), {"test/loss"})):
+        assert names <= trainer(tmp_path, 0).test(module, data(), verbose=False)[0].keys()
 
 
 def test_a_generator_needs_a_tokenizer() -> None:

@@ -80,7 +80,7 @@ class Llama(Backbone):
         dropout: on input tokens, attention output and feed-forward output.
         cond_dropout: share of training samples whose condition is dropped, for guidance.
         mask_token: give hidden tokens (id -1) a vector of their own, for objectives that hide tokens.
-        flex: FlexAttention instead of SDPA where a mask is needed; pays off on a GPU at long sequences.
+        flex: FlexAttention instead of SDPA where a mask is needed, compiled on a GPU; a CPU trains with SDPA anyway.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Llama(Backbone):
         dim, depth, num_heads, num_kv_heads = size.resolved()
         self.spec, self.dim, self.head_dim, self.num_kv_heads = spec, dim, dim // num_heads, num_kv_heads
         self.rotary, self.silent_prefix, self.flex = rotary, silent_prefix, flex
-        self.num_classes, self.cond_dropout = num_classes, cond_dropout
+        self.num_classes, self.cond_dropout = 0 if cond_dim else num_classes, cond_dropout
         self.prefix_len = cond_len if cond_dim else 1
         self.condition = FeatureCondition(cond_dim, cond_len, dim) if cond_dim else None
         self.label_table = None if cond_dim else nn.Embedding(num_classes + 1, dim)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from vision_ar.checkpoints.store import CARD, describe, load_model, load_tokenizer, resolve, save_model
+from vision_ar.command_line import USER_ERRORS, OneLineParser, fail
 from vision_ar.interfaces import Tokenizer
 
 DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -20,14 +20,16 @@ DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 def main(args: Sequence[str] | None = None) -> None:
     """Export as the arguments say; user errors are one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m vision_ar.checkpoints", description=__doc__)
+    parser = OneLineParser(prog="python -m vision_ar.checkpoints", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="copy a model without what only training needs")
     export.add_argument("source", help="model folder, training run, checkpoint or bundled name")
     export.add_argument("--out", type=Path, required=True, help="folder to write")
     export.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored weights (default float32)")
     export.add_argument("--card", type=Path, help="text of README.md; by default the source's")
-    export.add_argument("--tokenizer", help="model whose tokenizer is taken instead, with the same encoder and codebook")
+    export.add_argument(
+        "--tokenizer", help="model whose tokenizer is taken instead, with the same encoder and codebook"
+    )
     export.add_argument(
         "--sampling",
         nargs="+",
@@ -39,9 +41,8 @@ def main(args: Sequence[str] | None = None) -> None:
     given = parser.parse_args(args)
     try:
         export_model(given.source, given.out, DTYPES[given.dtype], given.card, dict(given.sampling), given.tokenizer)
-    except (ValueError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from error
+    except USER_ERRORS as error:
+        fail(error)
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -80,10 +81,11 @@ def export_model(
 
 def same_tokens(tokenizer: Tokenizer, other: Tokenizer, source: str) -> Tokenizer:
     """The other tokenizer, after a check that it was trained on from this one with the tokens frozen."""
-    weights = other.state_dict()
-    for name, value in tokenizer.state_dict().items():
-        makes_tokens = name.startswith(("encoder.", "quantizer.")) and value.is_floating_point()
-        if makes_tokens and not (name in weights and torch.equal(weights[name], value)):
+    makers, others = tokenizer.token_makers(), other.token_makers()
+    for name, value in makers.items():
+        found = others.get(name)
+        same = torch.equal(found, value) if isinstance(found, Tensor) and isinstance(value, Tensor) else found == value
+        if not same:
             raise ValueError(f"tokenizer must make the same tokens, got {source} where {name} differs")
     return other
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,9 +135,12 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
     weights = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in weights.items()}
-    save_file({key: value.contiguous().cpu() for key, value in weights.items()}, folder / WEIGHTS)
-    (folder / CONFIG).write_text(yaml.safe_dump(dataclasses.asdict(description), sort_keys=False))
-    (folder / CARD).write_text(card)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:
+        save_file({key: value.contiguous().cpu() for key, value in weights.items()}, Path(scratch) / WEIGHTS)
+        (Path(scratch) / CONFIG).write_text(yaml.safe_dump(dataclasses.asdict(description), sort_keys=False))
+        (Path(scratch) / CARD).write_text(card)
+        for file in (WEIGHTS, CONFIG, CARD):  # whole files only, whenever the writing is stopped
+            os.replace(Path(scratch) / file, folder / file)
     return folder
 
 
@@ -148,7 +153,7 @@ def resolve(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    if path.is_dir():
+    if str(source) and path.is_dir():
         found = [path] if (path / CONFIG).is_file() and (path / WEIGHTS).is_file() else []
         found += sorted(path.glob(f"**/model/{WEIGHTS}"), key=lambda file: file.stat().st_mtime)
         if found:
@@ -157,7 +162,9 @@ def resolve(source: str | Path) -> Path:
     if (BUNDLED / str(source) / CONFIG).is_file() and "/" not in str(source):
         return BUNDLED / str(source)
     known = ", ".join(bundled_names()) or "none"
-    raise FileNotFoundError(f"model must be a bundled name ({known}), a folder or a checkpoint file, got {source}")
+    raise FileNotFoundError(
+        f"model must be a bundled name ({known}), a folder or a checkpoint file, got {source or 'an empty name'}"
+    )
 
 
 def read_weights(source: str | Path) -> dict[str, Tensor]:
@@ -199,7 +206,7 @@ def load_model(source: str | Path) -> SavedModel:
         part.eval().requires_grad_(False)
     file = path if path.is_file() else path / WEIGHTS
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return SavedModel(path.name if path.is_dir() else path.stem, description, tokenizer, generator, digest)
+    return SavedModel(Path(source).resolve().stem, description, tokenizer, generator, digest)
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
@@ -221,8 +228,10 @@ def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:
         raise ValueError(f"model files must be whole, {path} is damaged: {' '.join(str(error).split())}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"model must be one that vision_ar saved, {path} is not: {error}") from error
-    except Exception as error:  # the unpickler's refusals have no common base
-        raise ValueError(f"{path} must hold plain tensors, it was refused: {' '.join(str(error).split())}") from error
+    except Exception as error:  # the unpickler's refusals have no common base, and advise to run the file as code
+        raise ValueError(
+            f"{path} must be a checkpoint of plain tensors, it was refused ({type(error).__name__})"
+        ) from error
 
 
 def _widen(value: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
 """Encode an image set once and keep its tokens on disk, so that generators train without the tokenizer.
 
-    python -m vision_ar.data.cache_codes --tokenizer runs/vq --data configs/generators/dar_tiny.yaml --out codes/flowers
+    python -m vision_ar.data.cache_codes --tokenizer runs/vq --data configs/generators/dar_cifar10.yaml --out codes/vq
 
 writes `codes.npy`, (N, variants, T), and `labels.npy`, (N,), for every split, and `codes.json`. The same command goes
-on after an interruption. Read the result with `codes: codes/flowers` in the data section of a config.
+on after an interruption. Read the result with `codes: codes/vq` in the data section of a config.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vision_ar.command_line import USER_ERRORS, OneLineParser, fail
 from vision_ar.data.codes import RECORD_NAME, CodesRecord, open_array, tokenizer_hash
 from vision_ar.data.image_sets import ImageSet
 from vision_ar.data.images import ImageDataModule
@@ -94,7 +95,7 @@ def _check_same(name: str, folder: Path, wanted: object, found: object) -> None:
 
 def _open_split(datamodule: ImageDataModule, record: CodesRecord, folder: Path, split: str, variants: int) -> ImageSet:
     """The images of a split, after a check that they fit the record, or an entry for them in it."""
-    side = math.ceil(datamodule.image_size * TEN_CROP_ZOOM) if variants == 10 else datamodule.image_size
+    side = int(datamodule.image_size * TEN_CROP_ZOOM) if variants == 10 else datamodule.image_size
     images = datamodule.image_set(split, side)
     _check_same(f"{split} variants", folder, variants, record.variants.setdefault(split, variants))
     _check_same(f"{split} count", folder, len(images), record.count.setdefault(split, len(images)))
@@ -182,7 +183,7 @@ def load_data(path: str, root: str | None = None) -> ImageDataModule:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m vision_ar.data.cache_codes", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="python -m vision_ar.data.cache_codes", description=__doc__.split("\n")[0])
     parser.add_argument("--tokenizer", required=True, help="saved model folder, bundled name or Lightning checkpoint")
     parser.add_argument("--data", required=True, help="YAML file with a data section, for instance a training config")
     parser.add_argument("--root", help="folder of the images, in place of the one that the file names")
@@ -205,10 +206,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = load_tokenizer(options.tokenizer).to(options.device or accelerator or torch.device("cpu"))
         data = load_data(options.data, options.root)
         cache_codes(tokenizer, data, options.out, options.split, options.variants, options.batch_size)
+        if bad := len(data.bad_images):
+            print(f"{bad} images could not be read; each was named above with its path", file=sys.stderr)
     except KeyboardInterrupt:
         parser.exit(130, "stopped; run the same command again to go on\n")
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
+    except USER_ERRORS as error:
+        fail(error)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ neighbouring pairs (2i, 2i + 1) of E.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +18,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from vision_ar.interfaces import AttentionPattern
 from vision_ar.layers.kv_cache import KVCache
+
+logger = logging.getLogger(__name__)
 
 SHORT = 128
 """Queries up to which two matrix products and a softmax train faster on a CPU than the fused kernel and its backward:
@@ -109,7 +114,7 @@ def allow(
     if pattern.kind == "full" and cond_mask is None and prefix_len == 0:
         return Allowed()
     mask = prefixed_mask(pattern, seq_len - prefix_len, prefix_len, device, cond_mask)
-    if not flex:
+    if not flex or not flex_works(torch.device(device)):
         return Allowed(mask=mask[:, None])
 
     def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -126,10 +131,30 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, allowed: Allowed) -> T
         return attend_plainly(queries, keys, values, allowed)
     grouped = queries.shape[1] != keys.shape[1]
     if allowed.block_mask is not None:
-        return flex_attention(queries, keys, values, block_mask=allowed.block_mask, enable_gqa=grouped)
+        flex = flex_attention if queries.device.type == "cpu" else compiled_flex()
+        return flex(queries, keys, values, block_mask=allowed.block_mask, enable_gqa=grouped)
     if allowed.causal:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed.mask, enable_gqa=grouped)
+
+
+def flex_works(device: torch.device) -> bool:
+    """False where FlexAttention has no backward and one may be asked for."""
+    if device.type != "cpu" or not torch.is_grad_enabled():
+        return True
+    _say_once("FlexAttention has no backward on a CPU: SDPA with a mask is used")
+    return False
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
+@cache
+def compiled_flex() -> Callable[..., Tensor]:
+    """FlexAttention as one kernel; uncompiled it would form the whole matrix of scores."""
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def attend_plainly(queries: Tensor, keys: Tensor, values: Tensor, allowed: Allowed) -> Tensor:

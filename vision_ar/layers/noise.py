@@ -47,7 +47,10 @@ def keyed_bits(seeds: Tensor, positions: Tensor | int, ids: Tensor, stream: int)
         stream: separates uses of the same seed.
     """
     key = _mix(seeds + _signed(stream * (_GOLDEN % 2**64) % 2**64))
-    key = _mix(key + (positions + 1) * _GOLDEN)
+    if isinstance(positions, int):
+        key = _mix(key + _signed((positions + 1) * _GOLDEN % 2**64))
+    else:
+        key = _mix(key + (positions + 1) * _GOLDEN)
     return _mix(key + (ids + 1) * _GOLDEN)
 
 

@@ -48,7 +48,7 @@ class PerceptualLosses(nn.Module):
         if self.uses_lpips:
             judge = self._judge("lpips", load_lpips).to(images.device)
             with torch.autocast(images.device.type, enabled=False):
-                named["lpips"] = judge(estimate.float().clamp(-1, 1), images.float())
+                named["lpips"] = judge(estimate.float(), images.float()).mean()
         if self.uses_repa:
             judge = self._judge("repa", lambda: load_dino(self._repa_weights)).to(images.device)
             named["repa"] = repa_loss(self.repa_out(features), dino_features(judge, images))
@@ -77,17 +77,17 @@ def dino_features(judge: nn.Module, images: Tensor) -> Tensor:
 
 
 def load_lpips() -> nn.Module:
-    """LPIPS with a VGG-16 trunk, from torchmetrics and torchvision.
+    """LPIPS with a VGG-16 trunk, from torchmetrics and torchvision; the bare net, which takes any range of values.
 
     Raises:
-        RuntimeError: when the trunk's weights are neither cached nor to be downloaded.
+        FileNotFoundError: when the trunk's weights are neither cached nor to be downloaded.
     """
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     try:
-        return LearnedPerceptualImagePatchSimilarity(net_type="vgg")
+        return LearnedPerceptualImagePatchSimilarity(net_type="vgg").net
     except (OSError, ModuleNotFoundError) as error:
-        raise RuntimeError(
+        raise FileNotFoundError(
             "losses.lpips must be 0 unless torchvision can load VGG-16 (ImageNet) weights: put vgg16-397923af.pth into "
             f"the torch hub checkpoints folder, or go online once; got {type(error).__name__}: {error}"
         ) from error

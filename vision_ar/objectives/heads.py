@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision_ar.interfaces import Head
+from vision_ar.interfaces import Draw, Head
 
 
 class TokenHead(Head):
@@ -26,6 +26,10 @@ class TokenHead(Head):
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) in float32."""
         return self.output(hidden).float()
+
+    def sample(self, hidden: Tensor, draw: Draw) -> Tensor:
+        """Ids (Q,) that the one law chooses."""
+        return draw.choose(self(hidden))
 
     def loss(self, hidden: Tensor, target: Tensor, kind: str) -> Tensor:
         """Cross-entropy with ids (Q,) for ce, with laws (Q, V) for soft_ce."""

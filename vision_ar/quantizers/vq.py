@@ -72,6 +72,9 @@ class VectorQuantizer(nn.Module):
         """
         self.seen_tokens += torch.tensor([tokens.numel(), 1], device=tokens.device)
         self.last_used[tokens.flatten()] = self.seen_tokens[0]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # used anywhere is used
+            torch.distributed.all_reduce(self.last_used, torch.distributed.ReduceOp.MAX)
         if self.revive_every and self.codebook.requires_grad and int(self.seen_tokens[1]) % self.revive_every == 0:
             self._revive(latents.flatten(0, -2))
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vision_ar.generator import Generator
-from vision_ar.interfaces import FREE, AttentionPattern, Step, Tokenizer, Tokens, TokenSpec
+from vision_ar.interfaces import FREE, AttentionPattern, Draw, Step, Tokenizer, Tokens, TokenSpec
 from vision_ar.sampler.guidance import CfgSchedule, guide_logits
 from vision_ar.sampler.logits import Law, draw
 from vision_ar.shapes import check_shape
@@ -111,12 +112,14 @@ class Session:
         if self.done:
             raise RuntimeError("step must not be called on a finished session")
         step = self._steps[self._next]
-        logits = self._logits(step)  # (B, R, V)
-        fill = torch.tensor(step.fill, device=logits.device)
-        rows, reads = logits.shape[:2]
-        chosen = draw(
-            self._law(logits).flatten(0, 1), self._seeds.repeat_interleave(reads), fill.repeat(rows)
-        ).unflatten(0, (rows, reads))
+        hidden = self._read(step)  # (B or 2 B, R, D)
+        rows, reads = self.ids.shape[0], len(step.fill)
+        fill = torch.tensor(step.fill, device=hidden.device)
+        seeds, positions = self._seeds.repeat_interleave(reads), fill.repeat(rows)
+        scales = None if self._scales is None else self._scales[fill].repeat(rows)
+        choose = partial(self._choose, seeds=seeds, positions=positions, scales=scales)
+        head = self.generator.heads[step.head]
+        chosen = head.sample(hidden.flatten(0, 1), Draw(seeds, positions, scales, choose)).unflatten(0, (rows, reads))
         if self._forced is not None:
             decided = self._forced[:, fill]
             chosen = torch.where(decided == FREE, chosen, decided)
@@ -124,8 +127,15 @@ class Session:
         self._next += 1
         return step
 
-    def _logits(self, step: Step) -> Tensor:
-        """Guided logits at the step's read positions, (B, R, V)."""
+    def _choose(self, logits: Tensor, seeds: Tensor, positions: Tensor, scales: Tensor | None) -> Tensor:
+        """Guidance, law and keyed draw: ids (Q,) of logits (Q or 2 Q, V)."""
+        if scales is not None:
+            cond, uncond = logits.chunk(2)
+            logits = guide_logits(cond, uncond, scales)
+        return draw(self._law(logits), seeds, positions)
+
+    def _read(self, step: Step) -> Tensor:
+        """Hidden vectors at the step's read positions, (B, R, D); rows without condition follow, if there are any."""
         backbone, prefix = self.generator.backbone, self.generator.backbone.prefix_len
         first = self._next == 0
         fed = self._fed_tokens(step)
@@ -142,12 +152,7 @@ class Session:
         self._cache.commit()
         # column c of the sequence is at this place among the vectors just computed
         place = {column: number for number, column in enumerate([*range(-prefix, 0)] * first + [*step.feed])}
-        read = hidden[:, [place[column] for column in step.read]]
-        logits = self.generator.heads["token"](read)
-        if self._scales is None:
-            return logits
-        cond, uncond = logits.chunk(2)
-        return guide_logits(cond, uncond, self._scales[list(step.fill)])
+        return hidden[:, [place[column] for column in step.read]]
 
     def _fed_tokens(self, step: Step) -> Tokens:
         ids = self.ids[:, list(step.feed)]
@@ -185,8 +190,9 @@ def check_forced(forced: Tensor | None, batch_size: int, spec: TokenSpec, device
     if forced is None:
         return None
     check_shape("forced", forced, "B T", B=batch_size, T=spec.seq_len)
-    if int(forced.min()) < FREE or int(forced.max()) >= (spec.vocab_size or 0):
-        raise ValueError(f"forced must hold ids below {spec.vocab_size} or {FREE}, got {int(forced.max())}")
+    wrong = forced[(forced < FREE) | (forced >= (spec.vocab_size or 0))]
+    if len(wrong):
+        raise ValueError(f"forced must hold ids below {spec.vocab_size} or {FREE}, got {int(wrong[0])}")
     return forced.to(device)
 
 

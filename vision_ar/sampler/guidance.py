@@ -68,9 +68,9 @@ def guide_logits(cond: Tensor, uncond: Tensor, scales: Tensor) -> Tensor:
     """Push conditional logits away from the unconditional ones.
 
     Args:
-        cond: logits given the condition, (B, R, V), float.
+        cond: logits given the condition, (Q, V), float.
         uncond: logits given the null condition, same shape.
-        scales: cfg_scale of each read position, (R,); 1 returns `cond`.
+        scales: cfg_scale of each row, (Q,); 1 returns `cond`.
 
     Source:
         Ho & Salimans 2022, eq. 6, with cfg_scale = w + 1.

@@ -41,7 +41,8 @@ class Law:
         if self.temperature == 0:
             best = logits.argmax(dim=-1, keepdim=True)
             return torch.full_like(logits, -torch.inf).scatter_(-1, best, 0.0)
-        logits = logits / self.temperature
+        # from the largest: dividing by a tiny temperature must not overflow
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             kth = logits.topk(self.top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -74,6 +75,8 @@ def draw(logprobs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     """
     if logprobs.device.type == "cpu":
         # noise only for the tokens that survived the filters; finding them costs a synchronisation elsewhere
+        if logprobs.isnan().any():
+            raise ValueError("logits must be finite, got NaN; use a smaller cfg_scale or another dtype")
         rows, ids = logprobs.isfinite().nonzero(as_tuple=True)
         scores = torch.full_like(logprobs, -torch.inf)
         scores[rows, ids] = logprobs[rows, ids] + keyed_gumbel(seeds[rows], positions[rows], ids)

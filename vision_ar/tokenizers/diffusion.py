@@ -1,13 +1,14 @@
 """D-AR tokenizer: one-dimensional tokens in diffusion order, coarse to fine (Gao & Shou 2025, arXiv 2505.23660).
 
 An encoder reads image patches with causal queries, the queries are quantised, a causal decoder turns tokens into
-condition vectors, and a velocity net denoises: step k reads token group k only. Hence every prefix of the tokens is
-already a picture, and a new group costs one step.
+condition vectors, and a velocity net denoises: a step reads one token group only, in order. Hence every prefix of the
+tokens is already a picture, and a new group costs its own steps, one with the published 8 groups and 8 steps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,8 @@ class FlowConfig:
     Args:
         data_std: images are multiplied by this before noise is added.
         time_shift: shift of the time, 1 is none.
-        num_steps: denoising steps when decoding; None is one per group, but at least 8.
+        num_steps: denoising steps when decoding; None is one per group, but at least 8;
+            with fewer steps than groups some groups are never read.
         solver: ab2 (Adams-Bashforth, published) or euler.
     """
 
@@ -68,6 +70,11 @@ class FlowConfig:
     def __post_init__(self) -> None:
         if self.solver not in ("ab2", "euler"):
             raise ValueError(f"solver must be ab2 or euler, got {self.solver!r}")
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
+        for name in ("data_std", "time_shift"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
 @dataclass
@@ -94,6 +101,11 @@ class LossConfig:
     repa_weights: str | None = None
     revive_every: int = 0
     anchor: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("codebook", "commitment", "lpips", "repa", "anchor"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"the weight of {name} must be at least 0, got {getattr(self, name)}")
 
 
 class DiffusionTokenizer(ImageTokenizer):
@@ -143,6 +155,8 @@ class DiffusionTokenizer(ImageTokenizer):
         self.decoder = CausalDecoder(decoder, seq_len, latent_dim)
         self.velocity = VelocityNet(velocity, channels, decoder.dim)
         self.perceptual = PerceptualLosses(losses.lpips, losses.repa, losses.repa_weights, velocity.dim)
+        if losses.repa > 0 and not 0 <= losses.repa_layer < velocity.depth:
+            raise ValueError(f"repa_layer must be from 0 to {velocity.depth - 1}, got {losses.repa_layer}")
         self.losses = losses
         self.anchor = Anchor(self.group_size * decoder.dim, channels, image_size) if losses.anchor > 0 else None
 
@@ -177,7 +191,7 @@ class DiffusionTokenizer(ImageTokenizer):
         return walk.x / self.flow.data_std
 
     def open_preview(self, batch_size: int, seeds: Tensor | None = None) -> DiffusionPreview:
-        """Start a streaming decode: each group fed costs one step and gives a picture."""
+        """Start a streaming decode: each group fed costs its steps, one when there are as many steps as groups."""
         return DiffusionPreview(self, self.start_noise(batch_size, seeds))
 
     def start_noise(self, batch_size: int, seeds: Tensor | None) -> Tensor:
@@ -221,6 +235,12 @@ class DiffusionTokenizer(ImageTokenizer):
             if name in named:
                 named["loss"] = named["loss"] + getattr(weights, name) * named[name]
         return named
+
+    def token_makers(self) -> dict[str, Any]:
+        """Encoder, codebook and order; the decoder has no say."""
+        weights = {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}
+        sizes = {"spec": self.spec, "image_size": self.image_size, "encoder": self.encoder.config}
+        return {**sizes, **weights, "codebook": self.quantizer.codebook, "fine_to_coarse": self.fine_to_coarse}
 
     def drop_training_parts(self) -> None:
         """Forget the read-out and the judges; losses are the published ones then."""

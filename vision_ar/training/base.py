@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from abc import ABC, abstractmethod
 from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,7 +28,7 @@ from vision_ar.training.schedules import Schedule
 WEIGHT_DECAY_MIN_DIMS = 2  # biases, norms and gates are not decayed, as all published recipes have it
 
 
-class TrainingModule(L.LightningModule):
+class TrainingModule(L.LightningModule, ABC):
     """Base of the two modules; holds no weights.
 
     Every draw of a training step (time, noise, dropout) is a function of (seed, rank, batch number), so that a resumed
@@ -42,7 +47,7 @@ class TrainingModule(L.LightningModule):
             {"params": [p for p in trainable if p.dim() < WEIGHT_DECAY_MIN_DIMS], "weight_decay": 0.0},
         ]
         optimizer = self.optimizer(groups)
-        scheduler = self.schedule.attach(optimizer, int(self.trainer.estimated_stepping_batches))
+        scheduler = self.schedule.attach(optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -52,11 +57,17 @@ class TrainingModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the trainer says, fused optimisers too: Lightning refuses those even where no scaler is involved."""
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if gradient_clip_val and fused and self.trainer.precision != "16-mixed":
-            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        plugin = self.trainer.precision_plugin
+        if gradient_clip_val and isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def total_steps(self) -> int | None:
+        """Optimiser steps of the whole run, None for a run that only time or the user ends."""
+        steps = self.trainer.estimated_stepping_batches
+        return None if math.isinf(steps) else int(steps)
 
     def parts(self) -> dict[str, nn.Module]:
         """The modules that make up the saved model, by the names `checkpoints/store.py` knows."""
@@ -82,28 +93,60 @@ class TrainingModule(L.LightningModule):
         checkpoint["hyper_parameters"] = {name: v for name, v in hyperparameters.items() if is_plain(v)}
 
     def setup(self, stage: str) -> None:
-        """Refuse cached codes that another tokenizer made."""
+        """Refuse cached codes that another tokenizer made, and more classes than the generator knows."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        generator = self.parts().get("generator")
+        if isinstance(data, ImageDataModule) and isinstance(generator, Generator):
+            known = generator.backbone.num_classes
+            if 0 < known < data.num_classes:
+                raise ValueError(f"backbone num_classes must be at least {data.num_classes} for this data, got {known}")
         if isinstance(data, ImageDataModule) and data.codes is not None:
             made_by = data.cached_codes("train").record.tokenizer
             tokenizer = self.parts()["tokenizer"]
             if made_by != (own := tokenizer_hash(cast(Tokenizer, tokenizer))):
                 raise ValueError(f"codes must be those of this tokenizer ({own}), got {data.codes} made by {made_by}")
 
+    def on_train_start(self) -> None:
+        """Start the clock."""
+        self._last_end: float | None = None
+
+    def on_validation_end(self) -> None:
+        """Stop the clock: the first step after a validation is not timed."""
+        self._last_end = None
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed this step's dropout."""
         torch.manual_seed(self._step_seed(stream=0))
-        self._started = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Log the speed of the step itself; waiting for data is not in it."""
-        seconds = max(time.perf_counter() - self._started, 1e-9)
-        samples = len(batch["labels"]) * self.trainer.world_size
-        self.log("train/samples_per_s", samples / seconds, prog_bar=True)
+        """Log the speed from the end of one step to the end of the next: data, step, averaging and logging."""
+        now, before = time.perf_counter(), self._last_end
+        self._last_end = now
+        if before is not None:
+            samples = len(batch["labels"]) * self.trainer.world_size
+            self.log("train/samples_per_s", samples / max(now - before, 1e-9), prog_bar=True)
+
+    def on_train_end(self) -> None:
+        """Say how many images could not be read."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, ImageDataModule) and (bad := len(data.bad_images)):
+            rank_zero_warn(f"{bad} images could not be read; each was named above with its path")
 
     def step_generator(self) -> torch.Generator:
         """The generator of this step's draws."""
         return torch.Generator().manual_seed(self._step_seed(stream=1))
+
+    @abstractmethod
+    def evaluate(self, stage: str, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log how good the model is on a batch, under `stage`/."""
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Evaluate as val/."""
+        self.evaluate("val", batch, batch_idx)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Evaluate as test/."""
+        self.evaluate("test", batch, batch_idx)
 
     def log_losses(self, stage: str, losses: dict[str, Tensor], batch_size: int) -> None:
         """Log every named loss under `stage`/."""

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+import pickle
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from vision_ar.command_line import explain, fail
 from vision_ar.training.callbacks import ExportModel
 from vision_ar.training.generator import GeneratorModule  # noqa: F401 checkpoints name these classes
 from vision_ar.training.progress import StepProgress
 from vision_ar.training.tokenizer import TokenizerModule  # noqa: F401
 
+TRAINING_ERRORS = (ValueError, OSError, ImportError, pickle.UnpicklingError, MisconfigurationException)
+"""What wrong settings, files and data end in; other errors are faults of the program and keep their traceback."""
+
 
 def main(args: list[str] | None = None) -> None:
-    """Run `fit`, `validate`, `test` or `predict` as the arguments say; user errors are one line and exit code 2."""
+    """Run `fit`, `validate` or `test` as the arguments say; user errors are one line and exit code 2."""
     torch.set_float32_matmul_precision("high")
     try:
         make_cli(args, run=True)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {first_cause(str(error))}", file=sys.stderr)
-        raise SystemExit(2) from error
+    except TRAINING_ERRORS as error:
+        fail(first_cause(explain_unread(error)))
+
+
+def explain_unread(error: BaseException) -> str:
+    """What the error says; a refused checkpoint is not told how to be run as code."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "ckpt_path must be a checkpoint of this project with plain tensors, got a file that was refused"
+    if isinstance(error, OSError):
+        return explain(error)
+    return str(error)
 
 
 def first_cause(message: str) -> str:
@@ -32,8 +45,21 @@ def first_cause(message: str) -> str:
     return causes[0] if causes else " ".join(message.split())
 
 
+class OneLineLightningParser(LightningArgumentParser):
+    """Lightning's argument parser, whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what was wrong and leave."""
+        fail(first_cause(message))
+
+
 class CommandLine(LightningCLI):
     """Lightning's command line with our progress bar, unless the arguments turn bars off or bring one."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Without `predict`, which would drop what it computes: `sample.py` and `cache_codes` write theirs."""
+        return {name: kept for name, kept in LightningCLI.subcommands().items() if name != "predict"}
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add the bar to the callbacks that a trainer always gets."""
@@ -54,6 +80,7 @@ def make_cli(args: list[str] | None, run: bool) -> LightningCLI:
         seed_everything_default=0,
         trainer_defaults={"callbacks": [ExportModel()]},
         args=args,
+        parser_class=OneLineLightningParser,
         run=run,
         save_config_kwargs={"overwrite": True},
     )

@@ -76,15 +76,16 @@ class GeneratorModule(TrainingModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        progress = self.global_step / max(1, int(self.trainer.estimated_stepping_batches))
+        steps = self.total_steps()
+        progress = self.global_step / max(1, steps) if steps is not None else 0.0
         losses = self.losses(batch, self.step_generator(), progress)
         self.log_losses("train", losses, len(batch["labels"]))
         return losses["loss"]
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def evaluate(self, stage: str, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Losses at draws that are the same every time."""
         draws = torch.Generator().manual_seed(batch_idx)
-        self.log_losses("val", self.losses(batch, draws, 1.0), len(batch["labels"]))
+        self.log_losses(stage, self.losses(batch, draws, 1.0), len(batch["labels"]))
 
 
 def frozen_tokenizer(source: str | None, tokenizer: Tokenizer | None) -> Tokenizer:

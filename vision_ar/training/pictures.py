@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from vision_ar.interfaces import Tokenizer
@@ -19,7 +19,7 @@ from vision_ar.training.tokenizer import TokenizerModule
 
 
 class Pictures(Callback):
-    """After every validation, log pictures and write them to `<log folder>/pictures`.
+    """After every validation, write pictures to `<log folder>/pictures` and to TensorBoard or Weights & Biases.
 
     A tokenizer shows originals and what is visible after each group; a generator shows samples and the same. List it
     before `EMA`, which puts the raw weights back when validation ends.
@@ -73,6 +73,8 @@ class Pictures(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(name, to_pixels(sheet), trainer.global_step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_image(name, [to_pil(sheet)], trainer.global_step)
 
 
 @torch.no_grad()

@@ -48,6 +48,9 @@ class Schedule:
 
         return share
 
-    def attach(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:
-        """Build the scheduler of one optimiser."""
-        return LambdaLR(optimizer, self.factor(self.total_steps or total_steps))
+    def attach(self, optimizer: Optimizer, total_steps: int | None) -> LambdaLR:
+        """Build the scheduler of one optimiser; `total_steps` is None for a run without a last step."""
+        steps = self.total_steps or total_steps
+        if steps is None and self.shape != "constant":
+            raise ValueError(f"schedule {self.shape} needs total_steps where the trainer has no last step, got None")
+        return LambdaLR(optimizer, self.factor(steps or 0))

@@ -55,13 +55,13 @@ class TokenizerModule(TrainingModule):
         self.log_losses("train", losses, len(batch["images"]))
         return losses["loss"]
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def evaluate(self, stage: str, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Losses at draws that are the same every time, and the reconstruction error."""
         images = batch["images"]
         draws = torch.Generator().manual_seed(batch_idx)
-        self.log_losses("val", self.tokenizer.training_losses(images, draws), len(images))
+        self.log_losses(stage, self.tokenizer.training_losses(images, draws), len(images))
         rebuilt = self.tokenizer.decode(self.tokenizer.encode(images))
-        self.log("val/psnr", psnr(rebuilt, images).mean(), prog_bar=True, batch_size=len(images), sync_dist=True)
+        self.log(f"{stage}/psnr", psnr(rebuilt, images).mean(), prog_bar=True, batch_size=len(images), sync_dist=True)
 
 
 def own_parts(tokenizer: Tokenizer) -> str:

@@ -3,6 +3,7 @@ import torch
 
 from tests.contracts.finding import concrete
 from vision_ar.checkpoints.store import build, describe
+from vision_ar.data.codes import tokenizer_hash
 from vision_ar.interfaces import Tokenizer, Tokens
 
 TOKENIZERS = concrete(Tokenizer)
@@ -75,3 +76,12 @@ def test_a_described_tokenizer_is_built_again(tokenizer) -> None:
     again.load_state_dict(tokenizer.state_dict(), strict=True)
     images = images_for(tokenizer)
     assert torch.equal(again.eval().encode(images).ids, tokenizer.encode(images).ids)
+
+
+def test_tokenizers_that_make_the_same_tokens_are_known_by_their_makers(tokenizer) -> None:
+    again = build(describe(tokenizer), Tokenizer)
+    assert tokenizer_hash(again) != tokenizer_hash(tokenizer)  # other random weights
+    again.load_state_dict(tokenizer.state_dict(), strict=True)
+    assert tokenizer_hash(again) == tokenizer_hash(tokenizer)
+    again.drop_training_parts()
+    assert tokenizer_hash(again) == tokenizer_hash(tokenizer)

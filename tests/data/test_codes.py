@@ -7,6 +7,7 @@ import shutil
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,9 @@ class FakeTokenizer(Tokenizer):
         self.modes.add(self.training)
         level = (F.adaptive_avg_pool2d(data.mean(1), 2).flatten(1) + 1) / 2  # (B, 4)
         return Tokens.of(self.spec, (level * self.gain * 255).round().long())
+
+    def token_makers(self) -> dict[str, Any]:
+        return {"spec": self.spec, "gain": self.gain}
 
     def decode(self, tokens: Tokens, seeds: Tensor | None = None) -> Tensor:
         raise NotImplementedError

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from vision_ar.generator import Generator
-from vision_ar.interfaces import FREE, AttentionPattern, Draw, Step, Tokenizer, Tokens, TokenSpec
+from vision_ar.interfaces import FREE, AttentionPattern, Draw, Head, Step, Tokenizer, Tokens, TokenSpec
 from vision_ar.sampler.guidance import CfgSchedule, guide_logits
 from vision_ar.sampler.logits import Law, draw
 from vision_ar.shapes import check_shape
@@ -118,7 +119,7 @@ class Session:
         seeds, positions = self._seeds.repeat_interleave(reads), fill.repeat(rows)
         scales = None if self._scales is None else self._scales[fill].repeat(rows)
         choose = partial(self._choose, seeds=seeds, positions=positions, scales=scales)
-        head = self.generator.heads[step.head]
+        head = cast(Head, self.generator.heads[step.head])
         chosen = head.sample(hidden.flatten(0, 1), Draw(seeds, positions, scales, choose)).unflatten(0, (rows, reads))
         if self._forced is not None:
             decided = self._forced[:, fill]

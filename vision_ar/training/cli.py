@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -62,8 +62,10 @@ class CommandLine(LightningCLI):
         return {name: kept for name, kept in LightningCLI.subcommands().items() if name != "predict"}
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Add the bar to the callbacks that a trainer always gets."""
+        """Add the bar to the callbacks that a trainer always gets; a trial run leaves no checkpoint."""
         given = (self.config_init[self.subcommand] if self.subcommand else self.config_init)["trainer"]
+        if given.get("fast_dev_run"):  # Lightning 2.6 writes last.ckpt even then
+            given["callbacks"] = [c for c in given.get("callbacks") or [] if not isinstance(c, ModelCheckpoint)]
         bars = [c for c in given.get("callbacks") or [] if isinstance(c, ProgressBar)]
         if given.get("enable_progress_bar") is not False and not bars:
             self.trainer_defaults = {"callbacks": [*self.trainer_defaults["callbacks"], StepProgress()]}

@@ -48,7 +48,7 @@ class Pictures(Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make and log the pictures; weights are the averaged ones when `EMA` comes later."""
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         if isinstance(pl_module, TokenizerModule) and self._images is not None:
             strip = reconstruction_strip(pl_module.tokenizer, self._images)

@@ -131,7 +131,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, allowed: Allowed) -> T
         return attend_plainly(queries, keys, values, allowed)
     grouped = queries.shape[1] != keys.shape[1]
     if allowed.block_mask is not None:
-        flex: Callable[..., Tensor] = flex_attention if queries.device.type == "cpu" else compiled_flex()
+        flex: Any = flex_attention if queries.device.type == "cpu" else compiled_flex()
         return flex(queries, keys, values, block_mask=allowed.block_mask, enable_gqa=grouped)
     if allowed.causal:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)

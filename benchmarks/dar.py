@@ -24,6 +24,7 @@ from vision_ar.data.images import Parquet
 from vision_ar.evaluation.features import SmallClassifier, load_classifier
 from vision_ar.evaluation.frechet import RunningMoments, frechet_distance
 from vision_ar.evaluation.reconstruction import psnr
+from vision_ar.interfaces import run
 from vision_ar.pictures import grid, save_gif, to_pil, to_pixels
 from vision_ar.pipeline import Pipeline
 
@@ -110,14 +111,26 @@ def previews(given: argparse.Namespace) -> None:
         print(f"{end:6d}   {distance:10.3f}   {accuracy(frame, labels, classifier):14.1%}")
 
 
+def nats_per_image(pipe: Pipeline, data: str, count: int) -> float:
+    """Negative log-likelihood of all tokens of a test image given its class: the order of the groups is free to tell."""
+    generator, nats, seen = pipe.generator, 0.0, 0
+    for images, labels in held_out_images(data, count):
+        tokens = pipe.tokenizer.encode(images, labels)
+        losses = run(generator.backbone, generator.heads, generator.objective.plan(tokens))
+        nats += float(losses["token_ce"]) * tokens.seq_len * len(labels)
+        seen += len(labels)
+    return nats / seen
+
+
 def order(given: argparse.Namespace) -> None:
-    """Print the distance of several models' samples, with and without guidance."""
+    """Print likelihood and the distance of several models' samples, with and without guidance."""
     classifier = load_classifier()
     data = reference(given.data, classifier)
     print(f"{given.num} samples a row against the test set, classes in turn, seeds 0, 1, 2, ...")
     print("model   cfg_scale   fd-cifar10   class accuracy   images/s")
     for name in given.models:
         pipe = vision_ar.load(name)
+        print(f"{name}   {nats_per_image(pipe, given.data, given.num):.2f} nats a test image")
         for scale in given.scales:
             start = time.perf_counter()
             images, _, labels = draw(pipe, given.num, False, **{**settings_of(given), "cfg_scale": scale})

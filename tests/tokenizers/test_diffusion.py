@@ -13,6 +13,7 @@ from vision_ar.layers import perceptual
 from vision_ar.layers.noise import keyed_normal
 from vision_ar.layers.velocity import VelocityConfig
 from vision_ar.tokenizers.diffusion import (
+    Anchor,
     CoderConfig,
     DiffusionPreview,
     DiffusionTokenizer,
@@ -322,6 +323,23 @@ def test_sizes_that_do_not_fit_are_refused(settings: dict[str, Any], message: st
 def test_flows_that_lead_nowhere_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FlowConfig(**settings)
+
+
+def test_the_read_outs_of_the_anchor_are_nested_sums() -> None:
+    torch.manual_seed(0)
+    anchor, rows, images = Anchor(4, 2 * 4, 3, 8), torch.randn(3, 8, 4), make_images()
+    errors, read = [], anchor.bias
+    for group in range(4):
+        read = read + rows[:, 2 * group : 2 * group + 2].reshape(3, 8) @ anchor.weight[group]
+        errors.append((read - images.flatten(1)).square().mean())
+    torch.testing.assert_close(anchor(rows, images), torch.stack(errors).mean())
+
+
+def test_less_noise_at_the_start_is_scaled_noise() -> None:
+    whole, half = make_tokenizer(), make_tokenizer(flow=FlowConfig(noise_scale=0.5))
+    torch.testing.assert_close(half.start_noise(3, SEEDS), 0.5 * whole.start_noise(3, SEEDS))
+    with pytest.raises(ValueError, match="noise_scale must be at least 0, got -1"):
+        FlowConfig(noise_scale=-1)
 
 
 def test_a_negative_loss_weight_is_refused() -> None:

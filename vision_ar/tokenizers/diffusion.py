@@ -60,18 +60,23 @@ class FlowConfig:
         num_steps: denoising steps when decoding; None is one per group, but at least 8;
             with fewer steps than groups some groups are never read.
         solver: ab2 (Adams-Bashforth, published) or euler.
+        noise_scale: the noise that decoding starts from is multiplied by this; 1 as published, less is smoother and
+            nearer to the original.
     """
 
     data_std: float = 0.6
     time_shift: float = 2.0
     num_steps: int | None = None
     solver: str = "ab2"
+    noise_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.solver not in ("ab2", "euler"):
             raise ValueError(f"solver must be ab2 or euler, got {self.solver!r}")
         if self.num_steps is not None and self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
+        if not self.noise_scale >= 0:
+            raise ValueError(f"noise_scale must be at least 0, got {self.noise_scale}")
         for name in ("data_std", "time_shift"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -89,7 +94,7 @@ class LossConfig:
         repa_layer: velocity block on whose input the alignment reads.
         repa_weights: file with DINOv2 ViT-B/14 weights as timm stores them.
         revive_every: batches between revivals of unused codebook rows; 0 is never, as published.
-        anchor: error of a linear read-out of the image, shrunk, from the condition vectors of the drawn group. Not
+        anchor: error of linear read-outs of the image from the tokens of every prefix of the groups, see `Anchor`. Not
             published, where it is 0: it gives the encoder a direct gradient, which a short training needs.
     """
 
@@ -158,7 +163,7 @@ class DiffusionTokenizer(ImageTokenizer):
         if losses.repa > 0 and not 0 <= losses.repa_layer < velocity.depth:
             raise ValueError(f"repa_layer must be from 0 to {velocity.depth - 1}, got {losses.repa_layer}")
         self.losses = losses
-        self.anchor = Anchor(self.group_size * decoder.dim, channels, image_size) if losses.anchor > 0 else None
+        self.anchor = Anchor(num_groups, self.group_size * latent_dim, channels, image_size) if losses.anchor > 0 else None
 
     @classmethod
     def tiny(cls) -> DiffusionTokenizer:
@@ -199,7 +204,8 @@ class DiffusionTokenizer(ImageTokenizer):
         device = self.quantizer.codebook.device
         seeds = torch.zeros(batch_size, dtype=torch.int64) if seeds is None else seeds
         check_shape("seeds", seeds, "B", B=batch_size)
-        return keyed_normal(seeds.to(device), (self.channels, self.image_size, self.image_size))
+        shape = (self.channels, self.image_size, self.image_size)
+        return self.flow.noise_scale * keyed_normal(seeds.to(device), shape)
 
     def training_losses(self, data: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Flow loss at a random time per image, with quantisation losses on the tokens known by then."""
@@ -229,7 +235,7 @@ class DiffusionTokenizer(ImageTokenizer):
         }
         named["loss"] = named["flow"] + weights.codebook * named["codebook"] + weights.commitment * named["commitment"]
         if self.anchor is not None:
-            named["anchor"] = self.anchor(cond, data)
+            named["anchor"] = self.anchor(found.quantized, data)
         named |= self.perceptual(data, (noisy + (1 - fade) * velocity) / std, features)
         for name in ("anchor", "lpips", "repa"):
             if name in named:
@@ -322,23 +328,33 @@ class DiffusionPreview(Preview):
 
 
 class Anchor(nn.Module):
-    """Linear read-out of a shrunken image, for training only.
+    """Linear read-outs of the image from the tokens, for training only: group after group adds what it knows.
+
+    The read-out after group g is the sum of one linear map for each group up to g. Every group is asked for what the
+    groups before it leave open, so that the tokens order themselves as principal components do.
 
     Args:
-        width: of the flattened condition vectors of one group.
+        num_groups: token groups G.
+        width: of the flattened codebook rows of one group.
         channels: image channels C.
-        image_size: side of the images; the read-out has half of it, at most 16.
+        image_size: side of the images; the read-out has at most 32.
+
+    Source:
+        Own; the nesting is that of Rippel et al. 2014, arXiv 1402.0915, with all prefixes at once.
     """
 
-    def __init__(self, width: int, channels: int, image_size: int) -> None:
+    def __init__(self, num_groups: int, width: int, channels: int, image_size: int) -> None:
         super().__init__()
-        self.shape = (channels, min(16, image_size // 2), min(16, image_size // 2))
-        self.read = nn.Linear(width, torch.Size(self.shape).numel())
+        self.num_groups, self.side = num_groups, min(32, image_size)
+        pixels = channels * self.side**2
+        self.weight = nn.Parameter(0.1 * width**-0.5 * torch.randn(num_groups, width, pixels))
+        self.bias = nn.Parameter(torch.zeros(pixels))
 
-    def forward(self, cond: Tensor, images: Tensor) -> Tensor:
-        """Mean squared error of the read-out of condition vectors (B, T, D) against images (B, C, H, W)."""
-        shrunk = F.adaptive_avg_pool2d(images, self.shape[-1])
-        return F.mse_loss(self.read(cond.flatten(1)).float().unflatten(1, self.shape), shrunk)
+    def forward(self, quantized: Tensor, images: Tensor) -> Tensor:
+        """Mean squared error, over all prefixes, of codebook rows (B, T, C) read as images (B, C, H, W)."""
+        groups = rearrange(quantized, "b (k t) c -> k b (t c)", k=self.num_groups)
+        read = (groups @ self.weight).float().cumsum(dim=0) + self.bias  # (K, B, pixels)
+        return (read - F.adaptive_avg_pool2d(images, self.side).flatten(1)).square().mean()
 
 
 class PatchEncoder(nn.Module):

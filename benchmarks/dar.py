@@ -112,7 +112,7 @@ def previews(given: argparse.Namespace) -> None:
 
 
 def nats_per_image(pipe: Pipeline, data: str, count: int) -> float:
-    """Negative log-likelihood of all tokens of a test image given its class: the order of the groups is free to tell."""
+    """Negative log-likelihood of all tokens of a test image given its class, whatever their order."""
     generator, nats, seen = pipe.generator, 0.0, 0
     for images, labels in held_out_images(data, count):
         tokens = pipe.tokenizer.encode(images, labels)

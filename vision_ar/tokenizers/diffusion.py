@@ -163,7 +163,9 @@ class DiffusionTokenizer(ImageTokenizer):
         if losses.repa > 0 and not 0 <= losses.repa_layer < velocity.depth:
             raise ValueError(f"repa_layer must be from 0 to {velocity.depth - 1}, got {losses.repa_layer}")
         self.losses = losses
-        self.anchor = Anchor(num_groups, self.group_size * latent_dim, channels, image_size) if losses.anchor > 0 else None
+        self.anchor = None
+        if losses.anchor > 0:
+            self.anchor = Anchor(num_groups, self.group_size * latent_dim, channels, image_size)
 
     @classmethod
     def tiny(cls) -> DiffusionTokenizer:

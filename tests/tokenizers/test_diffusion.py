@@ -327,12 +327,14 @@ def test_flows_that_lead_nowhere_are_refused(settings: dict[str, Any], message: 
 
 def test_the_read_outs_of_the_anchor_are_nested_sums() -> None:
     torch.manual_seed(0)
-    anchor, rows, images = Anchor(4, 2 * 4, 3, 8), torch.randn(3, 8, 4), make_images()
+    anchor, rows, images = Anchor(4, 2 * 4, 2 * 5, 3, 8), torch.randn(3, 8, 4), make_images()
+    cond = torch.randn(3, 2, 5)
     errors, read = [], anchor.bias
     for group in range(4):
         read = read + rows[:, 2 * group : 2 * group + 2].reshape(3, 8) @ anchor.weight[group]
         errors.append((read - images.flatten(1)).square().mean())
-    torch.testing.assert_close(anchor(rows, images), torch.stack(errors).mean())
+    of_cond = (anchor.read_cond(cond.flatten(1)) - images.flatten(1)).square().mean()
+    torch.testing.assert_close(anchor(rows, cond, images), torch.stack(errors).mean() + of_cond)
 
 
 def test_less_noise_at_the_start_is_scaled_noise() -> None:

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -16,6 +19,8 @@ from vision_ar.training.generator import GeneratorModule
 from vision_ar.training.pictures import Pictures
 from vision_ar.training.schedules import Schedule
 from vision_ar.training.tokenizer import TokenizerModule
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def tokenizer_module(**settings) -> TokenizerModule:
@@ -207,31 +212,30 @@ def test_a_generator_needs_a_tokenizer() -> None:
         GeneratorModule()
 
 
-class WriteParameters(L.Callback):
-    """Leave the weights of every process in a file."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        flat = torch.nn.utils.parameters_to_vector(pl_module.parameters()).detach()
-        torch.save({"weights": flat, "images": self.images}, self.folder / f"{trainer.global_rank}.pt")
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.images = batch["images"].sum()
-
-
 def test_two_processes_train_on_different_images_and_agree(tmp_path) -> None:
-    module = tokenizer_module()
-    settings = {"devices": 2, "strategy": "ddp_fork"}
-    trainer(tmp_path, 10, [EMA(), WriteParameters(tmp_path)], **settings).fit(module, data())
+    config = str(ROOT / "configs" / "tokenizers" / "dar_digits.yaml")
+    writer = "tests.training.write_parameters.WriteParameters"
+    options = {
+        "--trainer.accelerator": "cpu",
+        "--trainer.devices": "2",
+        "--trainer.strategy": "ddp",
+        "--trainer.max_steps": "6",
+        "--trainer.limit_val_batches": "1",
+        "--trainer.default_root_dir": str(tmp_path),
+        "--trainer.callbacks+": f"{{class_path: {writer}, init_args: {{folder: {tmp_path}}}}}",
+        "--model.init_args.tokenizer.init_args.losses.revive_every": "4",
+    }
+    command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", config]
+    command += [f"{name}={value}" for name, value in options.items()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first["weights"], second["weights"])
     assert not torch.equal(first["images"], second["images"])
-    assert not torch.equal(first["weights"], torch.nn.utils.parameters_to_vector(tokenizer_module().parameters()))
-    saved = torch.load(tmp_path / "checkpoints/last.ckpt")
-    assert saved["global_step"] == 10
-    assert all(bool(value.isfinite().all()) for value in saved["state_dict"].values())
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(checkpoint)["global_step"] == 6
+    assert load_model(checkpoint).tokenizer.spec.seq_len == 16
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

@@ -94,8 +94,9 @@ class LossConfig:
         repa_layer: velocity block on whose input the alignment reads.
         repa_weights: file with DINOv2 ViT-B/14 weights as timm stores them.
         revive_every: batches between revivals of unused codebook rows; 0 is never, as published.
-        anchor: error of linear read-outs of the image from the tokens of every prefix of the groups, see `Anchor`. Not
-            published, where it is 0: it gives the encoder a direct gradient, which a short training needs.
+        anchor: error of linear read-outs of the image from the tokens of every prefix of the groups and from the
+            condition vectors of the drawn group, see `Anchor`. Not published, where it is 0: it gives encoder and
+            decoder a direct gradient, which a short training needs.
     """
 
     codebook: float = 1.0
@@ -165,7 +166,8 @@ class DiffusionTokenizer(ImageTokenizer):
         self.losses = losses
         self.anchor = None
         if losses.anchor > 0:
-            self.anchor = Anchor(num_groups, self.group_size * latent_dim, channels, image_size)
+            widths = (self.group_size * latent_dim, self.group_size * decoder.dim)
+            self.anchor = Anchor(num_groups, *widths, channels, image_size)
 
     @classmethod
     def tiny(cls) -> DiffusionTokenizer:
@@ -237,7 +239,7 @@ class DiffusionTokenizer(ImageTokenizer):
         }
         named["loss"] = named["flow"] + weights.codebook * named["codebook"] + weights.commitment * named["commitment"]
         if self.anchor is not None:
-            named["anchor"] = self.anchor(found.quantized, data)
+            named["anchor"] = self.anchor(found.quantized, cond, data)
         named |= self.perceptual(data, (noisy + (1 - fade) * velocity) / std, features)
         for name in ("anchor", "lpips", "repa"):
             if name in named:
@@ -333,11 +335,13 @@ class Anchor(nn.Module):
     """Linear read-outs of the image from the tokens, for training only: group after group adds what it knows.
 
     The read-out after group g is the sum of one linear map for each group up to g. Every group is asked for what the
-    groups before it leave open, so that the tokens order themselves as principal components do.
+    groups before it leave open, so that the tokens order themselves as principal components do. A second read-out, from
+    the condition vectors of one group, asks the causal decoder to gather what all groups up to there said.
 
     Args:
         num_groups: token groups G.
         width: of the flattened codebook rows of one group.
+        cond_width: of its flattened condition vectors.
         channels: image channels C.
         image_size: side of the images; the read-out has at most 32.
 
@@ -345,18 +349,26 @@ class Anchor(nn.Module):
         Own; the nesting is that of Rippel et al. 2014, arXiv 1402.0915, with all prefixes at once.
     """
 
-    def __init__(self, num_groups: int, width: int, channels: int, image_size: int) -> None:
+    def __init__(self, num_groups: int, width: int, cond_width: int, channels: int, image_size: int) -> None:
         super().__init__()
         self.num_groups, self.side = num_groups, min(32, image_size)
         pixels = channels * self.side**2
         self.weight = nn.Parameter(0.1 * width**-0.5 * torch.randn(num_groups, width, pixels))
         self.bias = nn.Parameter(torch.zeros(pixels))
+        self.read_cond = nn.Linear(cond_width, pixels)
 
-    def forward(self, quantized: Tensor, images: Tensor) -> Tensor:
-        """Mean squared error, over all prefixes, of codebook rows (B, T, C) read as images (B, C, H, W)."""
+    def forward(self, quantized: Tensor, cond: Tensor, images: Tensor) -> Tensor:
+        """Mean squared error of the read-outs against the images, the mean over prefixes plus that of the condition.
+
+        Args:
+            quantized: codebook rows of all tokens, (B, T, C).
+            cond: condition vectors of one group, (B, S, D).
+            images: (B, C, H, W).
+        """
+        wanted = F.adaptive_avg_pool2d(images, self.side).flatten(1)
         groups = rearrange(quantized, "b (k t) c -> k b (t c)", k=self.num_groups)
         read = (groups @ self.weight).float().cumsum(dim=0) + self.bias  # (K, B, pixels)
-        return (read - F.adaptive_avg_pool2d(images, self.side).flatten(1)).square().mean()
+        return (read - wanted).square().mean() + F.mse_loss(self.read_cond(cond.flatten(1)).float(), wanted)
 
 
 class PatchEncoder(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -38,6 +39,15 @@ class TrainingModule(L.LightningModule, ABC):
     optimizer: OptimizerCallable
     schedule: Schedule
     seed: int
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainingModule:
+        """Copy weights and settings, for averaging; share what leads to the trainer, whose locks cannot be copied."""
+        for shared in (self._trainer, self.optimizer):
+            memo[id(shared)] = shared
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser over the trainable parameters, matrices decayed, and the step-wise schedule."""

@@ -121,7 +121,10 @@ def test_a_reference_is_read_as_training_reads_it(model, tmp_path, mode) -> None
 def test_a_huge_picture_is_refused_in_one_line(model, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     Image.new("L", (40, 40)).save(tmp_path / "huge.png")
-    refused(capsys, "--model", str(model), "--out", str(tmp_path / "out"), "--prefix-from", str(tmp_path / "huge.png"))
+    error = refused(
+        capsys, "--model", str(model), "--out", str(tmp_path / "out"), "--prefix-from", str(tmp_path / "huge.png")
+    )
+    assert "image must be a whole picture" in error
 
 
 def test_a_second_run_leaves_no_files_of_the_first(model, tmp_path) -> None:

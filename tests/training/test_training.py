@@ -220,6 +220,7 @@ def test_two_processes_train_on_different_images_and_agree(tmp_path) -> None:
         "--trainer.devices": "2",
         "--trainer.strategy": "ddp",
         "--trainer.max_steps": "6",
+        "--trainer.val_check_interval": "6",
         "--trainer.limit_val_batches": "1",
         "--trainer.default_root_dir": str(tmp_path),
         "--trainer.callbacks+": f"{{class_path: {writer}, init_args: {{folder: {tmp_path}}}}}",
@@ -228,7 +229,7 @@ def test_two_processes_train_on_different_images_and_agree(tmp_path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", config]
     command += [f"{name}={value}" for name, value in options.items()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first["weights"], second["weights"])

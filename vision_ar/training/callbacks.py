@@ -62,6 +62,11 @@ class CodebookUsage(Callback):
                 pl_module.log(f"train/codebook_usage{prefix}", module.usage(), prog_bar=True)
 
 
+def log_folder(trainer: L.Trainer) -> Path:
+    """Where a run writes; every process must ask, because the first one tells the others."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
 class ExportModel(Callback):
     """Write the trained model as a folder, `<log folder>/model`, when training ends; the command line always adds it.
 
@@ -70,9 +75,9 @@ class ExportModel(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write it, once, from the first process."""
+        folder = log_folder(trainer) / "model"
         if trainer.fast_dev_run or not trainer.is_global_zero or not isinstance(pl_module, TrainingModule):  # type: ignore[attr-defined]
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "model"
         save_model(folder, pl_module.description(), pl_module.parts(), card(trainer, pl_module))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from vision_ar.interfaces import Tokenizer
 from vision_ar.pictures import columns_for, grid, to_pil, to_pixels
 from vision_ar.pipeline import Pipeline
+from vision_ar.training.callbacks import log_folder
 from vision_ar.training.generator import GeneratorModule
 from vision_ar.training.tokenizer import TokenizerModule
 
@@ -48,26 +49,26 @@ class Pictures(Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make and log the pictures; weights are the averaged ones when `EMA` comes later."""
+        folder = log_folder(trainer) / "pictures"
         if trainer.sanity_checking or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         if isinstance(pl_module, TokenizerModule) and self._images is not None:
             strip = reconstruction_strip(pl_module.tokenizer, self._images)
-            self._show(trainer, "reconstructions", grid(strip.flatten(0, 1), strip.shape[1]))
+            self._show(trainer, folder, "reconstructions", grid(strip.flatten(0, 1), strip.shape[1]))
         if isinstance(pl_module, GeneratorModule):
-            self._show_samples(trainer, pl_module)
+            self._show_samples(trainer, folder, pl_module)
 
-    def _show_samples(self, trainer: L.Trainer, module: GeneratorModule) -> None:
+    def _show_samples(self, trainer: L.Trainer, folder: Path, module: GeneratorModule) -> None:
         if module.generator.objective.steps(module.generator.spec) is None:
             return  # this objective learns to fill in, not to write
         pipe = Pipeline(module.tokenizer, module.generator, module.description().class_names)
         labels = [i % max(1, pipe.num_classes) for i in range(self.count)]
         samples = pipe.sample(labels, previews=True, cfg_scale=self.cfg_scale)
         assert samples.previews is not None
-        self._show(trainer, "samples", grid(samples.images, columns_for(self.count)))
-        self._show(trainer, "previews", grid(samples.previews.flatten(0, 1), samples.previews.shape[1]))
+        self._show(trainer, folder, "samples", grid(samples.images, columns_for(self.count)))
+        self._show(trainer, folder, "previews", grid(samples.previews.flatten(0, 1), samples.previews.shape[1]))
 
-    def _show(self, trainer: L.Trainer, name: str, sheet: Tensor) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
+    def _show(self, trainer: L.Trainer, folder: Path, name: str, sheet: Tensor) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         to_pil(sheet).save(folder / f"{name}-{trainer.global_step:07d}.png")
         for logger in trainer.loggers:

@@ -206,7 +206,8 @@ def load_model(source: str | Path) -> SavedModel:
         part.eval().requires_grad_(False)
     file = path if path.is_file() else path / WEIGHTS
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return SavedModel(Path(source).resolve().stem, description, tokenizer, generator, digest)
+    given = Path(source).resolve()
+    return SavedModel(given.stem if given.is_file() else given.name, description, tokenizer, generator, digest)
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

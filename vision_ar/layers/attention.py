@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 SHORT = 128
 """Queries up to which two matrix products and a softmax train faster on a CPU than the fused kernel and its backward:
-142 against 129 images/s with PyTorch's own unfused kernel, for the 32-token tokenizer of the bundled model with heads of
-32 and 16, 2 cores (AMD EPYC, bf16, one run)."""
+142 against 129 images/s with PyTorch's own unfused kernel, for the 32-token tokenizer of the bundled model with heads
+of 32 and 16, 2 cores (AMD EPYC, bf16, one run)."""
 
 
 class Allowed(NamedTuple):

@@ -4,14 +4,17 @@
     python benchmarks/dar.py previews --data DIR                fd-cifar10 of samples from 1/4, 1/2, 3/4, all tokens
     python benchmarks/dar.py order --data DIR --models A B ...  fd-cifar10 and class accuracy of several models
     python benchmarks/dar.py pictures --out docs                the pictures of the README
+    python benchmarks/dar.py naming --out DIR                   the same grid, rows in a random order kept in naming.json,
+                                                                for someone who is to name the classes
 
-DIR is a folder of CIFAR-10 in Parquet. Distances use the in-domain features of `vision_ar/evaluation/features.py` and
+DIR is a folder of CIFAR-10 in Parquet. Distances use the in-domain features of `vision_ar/layers/classifier.py` and
 compare runs with each other only.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +24,12 @@ from torch import Tensor
 
 import vision_ar
 from vision_ar.data.images import Parquet
-from vision_ar.evaluation.features import SmallClassifier, load_classifier
 from vision_ar.evaluation.frechet import RunningMoments, frechet_distance
 from vision_ar.evaluation.reconstruction import psnr
 from vision_ar.interfaces import run
+from vision_ar.layers.classifier import SmallClassifier, load_classifier
 from vision_ar.pictures import grid, save_gif, to_pil, to_pixels
-from vision_ar.pipeline import Pipeline
+from vision_ar.pipeline import Pipeline, Samples
 
 BATCH = 250
 
@@ -139,11 +142,27 @@ def order(given: argparse.Namespace) -> None:
             print(f"{name}   {scale:g}   {distance:.3f}   {accuracy(images, labels, classifier):.1%}   {rate:.1f}")
 
 
+def grid_samples(pipe: Pipeline, given: argparse.Namespace) -> Samples:
+    """Eight samples of every class, class by class, with previews."""
+    labels = [label for label in range(pipe.num_classes) for _ in range(8)]
+    return pipe.sample(labels, seed=0, previews=True, **settings_of(given))
+
+
+def naming(given: argparse.Namespace) -> None:
+    """Write the grid with its rows in a random order, and that order apart."""
+    out, pipe = Path(given.out), vision_ar.load(given.model)
+    images = grid_samples(pipe, given).images.unflatten(0, (pipe.num_classes, 8))
+    order = torch.randperm(pipe.num_classes)
+    to_pil(grid(images[order].flatten(0, 1), 8)).save(out / "naming.png")
+    names = pipe.class_names or [str(label) for label in range(pipe.num_classes)]
+    (out / "naming.json").write_text(json.dumps([names[row] for row in order]))
+    print(f"wrote naming.png, and the classes of its rows to naming.json, in {out}")
+
+
 def pictures(given: argparse.Namespace) -> None:
     """Write the README's pictures: a grid of classes x 8 samples, and previews of one sample a class."""
     out, pipe = Path(given.out), vision_ar.load(given.model)
-    labels = [label for label in range(pipe.num_classes) for _ in range(8)]
-    samples = pipe.sample(labels, seed=0, previews=True, **settings_of(given))
+    samples = grid_samples(pipe, given)
     assert samples.previews is not None
     to_pil(grid(samples.images, 8)).save(out / "cifar10_grid.png")
     firsts = samples.previews[::8]
@@ -162,7 +181,8 @@ def settings_of(given: argparse.Namespace) -> dict[str, float | str]:
 def main() -> None:
     """Parse and run one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {"reconstruct": reconstruct, "previews": previews, "order": order, "pictures": pictures}
+    tables = (reconstruct, previews, order, pictures, naming)
+    commands = {table.__name__: table for table in tables}
     parser.add_argument("table", choices=commands)
     parser.add_argument("--data", default="data/cifar10", help="folder of CIFAR-10 in Parquet")
     parser.add_argument("--model", default="cifar10-dar")

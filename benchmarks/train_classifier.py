@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from vision_ar.data.pixels import flip_some, normalise
 from vision_ar.data.sources import ParquetSource, parquet_class_names
-from vision_ar.evaluation.features import IMAGE_SIZE, SmallClassifier, load_classifier, save_classifier
+from vision_ar.layers.classifier import IMAGE_SIZE, SmallClassifier, load_classifier, save_classifier
 
 PAD = 4
 WARM_UP = 0.2

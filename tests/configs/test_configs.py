@@ -86,8 +86,21 @@ TOKENIZER = str(ROOT / "configs" / "tokenizers" / "dar_digits.yaml")
             ],
             "losses.lpips must be 0 unless torchvision can load VGG-16",
         ),
+        (
+            [
+                "fit",
+                f"--config={TOKENIZER}",
+                "--model.init_args.tokenizer.init_args.losses={classifier: 0.1, classifier_weights: no.safetensors}",
+                "--model.init_args.tokenizer.init_args.channels=3",
+                "--model.init_args.tokenizer.init_args.image_size=32",
+                "--data.init_args.channels=3",
+                "--data.init_args.image_size=32",
+                "--trainer.max_steps=1",
+            ],
+            "no.safetensors must be a classifier file, got no such file",
+        ),
     ],
-    ids=["tokenizer_from", "config", "option", "ckpt_path", "value", "predict", "lpips"],
+    ids=["tokenizer_from", "config", "option", "ckpt_path", "value", "predict", "lpips", "classifier"],
 )
 def test_user_errors_of_training_are_one_line_with_code_2(args, message, tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.conftest import seeded
 from vision_ar.interfaces import Tokens
 from vision_ar.layers import perceptual
+from vision_ar.layers.classifier import load_classifier
 from vision_ar.layers.noise import keyed_normal
 from vision_ar.layers.velocity import VelocityConfig
 from vision_ar.tokenizers.diffusion import (
@@ -369,6 +370,31 @@ def test_lpips_judges_the_jump_to_the_end_and_reaches_pixels_out_of_range(monkey
     (gradient,) = torch.autograd.grad(losses["lpips"], [tokenizer.velocity.conv_out.bias])
     assert float(gradient.abs().min()) > 0
     assert not [name for name in tokenizer.state_dict() if "judge" in name]
+
+
+def test_the_classifier_judges_the_jump_to_the_end_by_stages() -> None:
+    weights = LossConfig(classifier=0.1)
+    tokenizer = make_tokenizer(image_size=32, velocity=VelocityConfig(32, 2, 8, 16), losses=weights).train()
+    images = torch.rand(3, 3, 32, 32, generator=seeded(1)) * 2 - 1
+    losses = tokenizer.training_losses(images, seeded(0))
+    total = losses["flow"] + losses["codebook"] + 0.25 * losses["commitment"] + 0.1 * losses["classifier"]
+    torch.testing.assert_close(losses["loss"], total)
+    (gradient,) = torch.autograd.grad(losses["classifier"], [tokenizer.velocity.conv_out.bias])
+    assert float(gradient.abs().min()) > 0
+    assert not [name for name in tokenizer.state_dict() if "judge" in name]
+
+    judge, other = load_classifier(), images.flip(3)
+    distances = []
+    for a, b in zip(judge.activations(images), judge.activations(other), strict=True):
+        distances.append((2 - 2 * torch.cosine_similarity(a, b, dim=1)).mean())
+    found = perceptual.classifier_distance(judge, images, other)
+    torch.testing.assert_close(found, torch.stack(distances).mean())
+    assert 0 < float(found) < 4 and float(perceptual.classifier_distance(judge, images, images)) == 0
+
+
+def test_the_classifier_judges_only_what_it_knows() -> None:
+    with pytest.raises(ValueError, match=r"losses.classifier must be 0 unless images are 32 x 32 .*, got 8 x 8 with 3"):
+        make_tokenizer(losses=LossConfig(classifier=0.1))
 
 
 def test_tensors_of_the_wrong_shape_are_refused() -> None:

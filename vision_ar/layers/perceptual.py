@@ -1,12 +1,15 @@
-"""Perceptual terms that need somebody else's weights: LPIPS and REPA. Off by default, loaded on first use."""
+"""Perceptual terms: LPIPS and REPA need somebody else's weights, the classifier is our own. Off by default."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vision_ar.layers.classifier import SmallClassifier, load_classifier
 
 DINO_DIM = 768
 DINO_SIZE = 224
@@ -15,19 +18,23 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class PerceptualLosses(nn.Module):
-    """LPIPS of an estimate and REPA alignment of features, each only when its weight is positive.
+    """LPIPS and classifier distance of an estimate, REPA alignment of features, each only when its weight is positive.
 
-    The judges are kept out of the state dict: they are not part of a tokenizer.
+    The judges are loaded on first use and kept out of the state dict: they are not part of a tokenizer.
 
     Args:
         lpips: weight of LPIPS; only whether it is positive matters here.
         repa: weight of REPA, likewise.
         repa_weights: file with DINOv2 ViT-B/14 weights as timm stores them.
         dim: width of the features that REPA reads.
+        classifier: file or bundled name of a small classifier as a judge; None for none.
     """
 
-    def __init__(self, lpips: float, repa: float, repa_weights: str | None, dim: int) -> None:
+    def __init__(
+        self, lpips: float, repa: float, repa_weights: str | None, dim: int, classifier: str | None = None
+    ) -> None:
         super().__init__()
+        self._classifier = classifier
         self.uses_lpips, self.uses_repa, self._repa_weights = lpips > 0, repa > 0, repa_weights
         if self.uses_repa and repa_weights is None:
             raise ValueError("repa_weights must name a file with DINOv2 ViT-B/14 weights when repa > 0, got None")
@@ -37,7 +44,7 @@ class PerceptualLosses(nn.Module):
         self._judges: dict[str, nn.Module] = {}
 
     def forward(self, images: Tensor, estimate: Tensor, features: Tensor) -> dict[str, Tensor]:
-        """Named losses; empty when both are off.
+        """Named losses; empty when all are off.
 
         Args:
             images: the data, (B, 3, H, W), in [-1, 1].
@@ -49,6 +56,9 @@ class PerceptualLosses(nn.Module):
             judge = self._judge("lpips", load_lpips).to(images.device)
             with torch.autocast(images.device.type, enabled=False):
                 named["lpips"] = judge(estimate.float(), images.float()).mean()
+        if self._classifier is not None:
+            judge = self._judge("classifier", partial(load_classifier, self._classifier)).to(images.device)
+            named["classifier"] = classifier_distance(judge, images, estimate)
         if self.uses_repa:
             judge = self._judge("repa", lambda: load_dino(self._repa_weights)).to(images.device)
             named["repa"] = repa_loss(self.repa_out(features), dino_features(judge, images))
@@ -56,8 +66,24 @@ class PerceptualLosses(nn.Module):
 
     def _judge(self, name: str, load) -> nn.Module:  # type: ignore[no-untyped-def]
         if name not in self._judges:
-            self._judges[name] = load().eval().requires_grad_(False)
+            # channels last: a third faster on a CPU, and no slower elsewhere
+            self._judges[name] = load().eval().requires_grad_(False).to(memory_format=torch.channels_last)
         return self._judges[name]
+
+
+def classifier_distance(judge: nn.Module, images: Tensor, estimate: Tensor) -> Tensor:
+    """Mean squared difference of unit-length activations over places and stages, in [0, 4].
+
+    Source:
+        The distance is that of LPIPS (Zhang et al. 2018) without its learned channel weights.
+    """
+    assert isinstance(judge, SmallClassifier)
+    with torch.no_grad():
+        wanted = judge.activations(images)
+    pairs = zip(judge.activations(estimate), wanted, strict=True)
+    return torch.stack(
+        [(F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(dim=1).mean() for a, b in pairs]
+    ).mean()
 
 
 def repa_loss(predicted: Tensor, wanted: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vision_ar.interfaces import AttentionPattern, ImageTokenizer, Preview, Tokens, TokenSpec
 from vision_ar.layers.attention import Allowed, allow
 from vision_ar.layers.blocks import GatedBlock, plain_norm
+from vision_ar.layers.classifier import IMAGE_SIZE as JUDGED_SIZE
 from vision_ar.layers.flow import FlowPath, group_at, shift_time
 from vision_ar.layers.kv_cache import KVCache
 from vision_ar.layers.noise import keyed_normal
@@ -90,6 +91,9 @@ class LossConfig:
         codebook: codebook loss.
         commitment: commitment loss.
         lpips: perceptual distance of the one-step estimate; needs VGG weights that torchvision can load.
+        classifier: the same by a small classifier of 32x32 images instead of VGG. Not published.
+        classifier_weights: its file (`benchmarks/train_classifier.py` makes one) or bundled name. A classifier that
+            trained a tokenizer is no fair judge of it.
         repa: alignment of the velocity net with DINOv2 features; needs `repa_weights`.
         repa_layer: velocity block on whose input the alignment reads.
         repa_weights: file with DINOv2 ViT-B/14 weights as timm stores them.
@@ -102,6 +106,8 @@ class LossConfig:
     codebook: float = 1.0
     commitment: float = 0.25
     lpips: float = 0.0
+    classifier: float = 0.0
+    classifier_weights: str = "cifar10-classifier"
     repa: float = 0.0
     repa_layer: int = 8
     repa_weights: str | None = None
@@ -109,7 +115,7 @@ class LossConfig:
     anchor: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("codebook", "commitment", "lpips", "repa", "anchor"):
+        for name in ("codebook", "commitment", "lpips", "classifier", "repa", "anchor"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"the weight of {name} must be at least 0, got {getattr(self, name)}")
 
@@ -160,7 +166,11 @@ class DiffusionTokenizer(ImageTokenizer):
         self.quantizer = VectorQuantizer(vocab_size, latent_dim, revive_every=losses.revive_every)
         self.decoder = CausalDecoder(decoder, seq_len, latent_dim)
         self.velocity = VelocityNet(velocity, channels, decoder.dim)
-        self.perceptual = PerceptualLosses(losses.lpips, losses.repa, losses.repa_weights, velocity.dim)
+        judge = losses.classifier_weights if losses.classifier > 0 else None
+        if judge is not None and (image_size, channels) != (JUDGED_SIZE, 3):
+            wanted = f"losses.classifier must be 0 unless images are {JUDGED_SIZE} x {JUDGED_SIZE} with 3 channels"
+            raise ValueError(f"{wanted}, got {image_size} x {image_size} with {channels}")
+        self.perceptual = PerceptualLosses(losses.lpips, losses.repa, losses.repa_weights, velocity.dim, judge)
         if losses.repa > 0 and not 0 <= losses.repa_layer < velocity.depth:
             raise ValueError(f"repa_layer must be from 0 to {velocity.depth - 1}, got {losses.repa_layer}")
         self.losses = losses
@@ -241,7 +251,7 @@ class DiffusionTokenizer(ImageTokenizer):
         if self.anchor is not None:
             named["anchor"] = self.anchor(found.quantized, cond, data)
         named |= self.perceptual(data, (noisy + (1 - fade) * velocity) / std, features)
-        for name in ("anchor", "lpips", "repa"):
+        for name in ("anchor", "lpips", "classifier", "repa"):
             if name in named:
                 named["loss"] = named["loss"] + getattr(weights, name) * named[name]
         return named

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from vision_ar.data.pixels import normalise
 from vision_ar.data.sources import ParquetSource
-from vision_ar.evaluation.features import SmallClassifier, load_classifier, save_classifier
 from vision_ar.evaluation.frechet import RunningMoments, frechet_distance
+from vision_ar.layers.classifier import SmallClassifier, load_classifier, save_classifier
 
 torch.set_num_threads(1)
 

@@ -81,10 +81,17 @@ class SmallClassifier(nn.Module):
             ValueError: if the shape is another one.
             TypeError: if the images are not floats.
         """
+        return self.activations(images)[-1].mean(dim=(2, 3))
+
+    def activations(self, images: Tensor) -> list[Tensor]:
+        """What each stage makes of images as `features` takes them: (B, C, 15, 15), (B, C, 7, 7), (B, F, 3, 3)."""
         check_shape("images", images, "B C H W", C=3, H=IMAGE_SIZE, W=IMAGE_SIZE)
         if not images.is_floating_point():
             raise TypeError(f"images must be float in [-1, 1], got {images.dtype}; use vision_ar.data.pixels.normalise")
-        return self.stages(F.gelu(self.stem(images))).mean(dim=(2, 3))
+        found = [F.gelu(self.stem(images))]
+        for stage in self.stages:
+            found.append(stage(found[-1]))
+        return found[1:]
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits, (B, num_classes), of images as `features` takes them."""

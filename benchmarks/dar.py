@@ -4,7 +4,7 @@
     python benchmarks/dar.py previews --data DIR                fd-cifar10 of samples from 1/4, 1/2, 3/4, all tokens
     python benchmarks/dar.py order --data DIR --models A B ...  fd-cifar10 and class accuracy of several models
     python benchmarks/dar.py pictures --out docs                the pictures of the README
-    python benchmarks/dar.py naming --out DIR                   the same grid, rows in a random order kept in naming.json,
+    python benchmarks/dar.py naming --out DIR                   the same grid, its rows shuffled, their classes apart,
                                                                 for someone who is to name the classes
 
 DIR is a folder of CIFAR-10 in Parquet. Distances use the in-domain features of `vision_ar/layers/classifier.py` and

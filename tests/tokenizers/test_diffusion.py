@@ -384,8 +384,14 @@ def test_the_classifier_judges_the_jump_to_the_end_by_stages() -> None:
     assert not [name for name in tokenizer.state_dict() if "judge" in name]
 
     judge, other = load_classifier(), images.flip(3)
-    distances = []
-    for a, b in zip(judge.activations(images), judge.activations(other), strict=True):
+    distances, moves = [], [(0, 0), (-1, 0), (-2, 0)]
+    moved, other_moved = (
+        torch.stack([image.roll(move, (1, 2)) for image, move in zip(batch, moves, strict=True)])
+        for batch in (images, other)
+    )
+    torch.testing.assert_close(perceptual.shift_rows(images), moved)
+    torch.testing.assert_close(perceptual.shift_rows(images.repeat(2, 1, 1, 1))[5], images[2].roll((-1, -1), (1, 2)))
+    for a, b in zip(judge.activations(moved), judge.activations(other_moved), strict=True):
         distances.append((2 - 2 * torch.cosine_similarity(a, b, dim=1)).mean())
     found = perceptual.classifier_distance(judge, images, other)
     torch.testing.assert_close(found, torch.stack(distances).mean())

@@ -17,6 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from vision_ar.interfaces import run
 from vision_ar.layers.classifier import SmallClassifier, load_classifier
 from vision_ar.pictures import grid, save_gif, to_pil, to_pixels
 from vision_ar.pipeline import Pipeline, Samples
+from vision_ar.tokenizers.diffusion import DiffusionTokenizer
 
 BATCH = 250
 
@@ -64,7 +66,7 @@ def reference(data: str, classifier: SmallClassifier) -> RunningMoments:
 
 def reconstruct(given: argparse.Namespace) -> None:
     """Print PSNR after each group."""
-    tokenizer = vision_ar.load(given.model).tokenizer
+    tokenizer = open_model(given.model, given).tokenizer
     rows: list[Tensor] = []
     used = torch.zeros(tokenizer.spec.vocab_size or 0, dtype=torch.int64)
     for images, _ in held_out_images(given.data, given.num):
@@ -100,12 +102,13 @@ def accuracy(images: Tensor, labels: Tensor, classifier: SmallClassifier) -> flo
 
 def previews(given: argparse.Namespace) -> None:
     """Print the distance of previews to the data after each quarter of the tokens."""
-    classifier, pipe = load_classifier(), vision_ar.load(given.model)
+    classifier, pipe = load_classifier(), open_model(given.model, given)
     images, shown, labels = draw(pipe, given.num, True, **settings_of(given))
     assert shown is not None
     data = reference(given.data, classifier)
     groups = shown.shape[1]
-    print(f"{given.num} samples of {given.model}, {settings_of(given) or 'default settings'}, against the test set")
+    settings = settings_of(given) | given.flow or "default settings"
+    print(f"{given.num} samples of {given.model}, {settings}, against the test set")
     print("tokens   fd-cifar10   class accuracy")
     for quarter in range(1, 5):
         frame = shown[:, quarter * groups // 4 - 1]
@@ -132,7 +135,7 @@ def order(given: argparse.Namespace) -> None:
     print(f"{given.num} samples a row against the test set, classes in turn, seeds 0, 1, 2, ...")
     print("model   cfg_scale   fd-cifar10   class accuracy   images/s")
     for name in given.models:
-        pipe = vision_ar.load(name)
+        pipe = open_model(name, given)
         print(f"{name}   {nats_per_image(pipe, given.data, given.num):.2f} nats a test image")
         for scale in given.scales:
             start = time.perf_counter()
@@ -150,7 +153,7 @@ def grid_samples(pipe: Pipeline, given: argparse.Namespace) -> Samples:
 
 def naming(given: argparse.Namespace) -> None:
     """Write the grid with its rows in a random order, and that order apart."""
-    out, pipe = Path(given.out), vision_ar.load(given.model)
+    out, pipe = Path(given.out), open_model(given.model, given)
     images = grid_samples(pipe, given).images.unflatten(0, (pipe.num_classes, 8))
     order = torch.randperm(pipe.num_classes)
     to_pil(grid(images[order].flatten(0, 1), 8)).save(out / "naming.png")
@@ -161,7 +164,7 @@ def naming(given: argparse.Namespace) -> None:
 
 def pictures(given: argparse.Namespace) -> None:
     """Write the README's pictures: a grid of classes x 8 samples, and previews of one sample a class."""
-    out, pipe = Path(given.out), vision_ar.load(given.model)
+    out, pipe = Path(given.out), open_model(given.model, given)
     samples = grid_samples(pipe, given)
     assert samples.previews is not None
     to_pil(grid(samples.images, 8)).save(out / "cifar10_grid.png")
@@ -169,6 +172,14 @@ def pictures(given: argparse.Namespace) -> None:
     to_pil(grid(firsts.flatten(0, 1), firsts.shape[1])).save(out / "cifar10_previews.png")
     save_gif([grid(frame, 8) for frame in samples.previews.unbind(1)], out / "cifar10_previews.gif")
     print(f"wrote cifar10_grid.png, cifar10_previews.png and cifar10_previews.gif in {out}")
+
+
+def open_model(name: str, given: argparse.Namespace) -> Pipeline:
+    """A model with the decoding settings that were given."""
+    pipe = vision_ar.load(name)
+    assert isinstance(pipe.tokenizer, DiffusionTokenizer)
+    pipe.tokenizer.flow = replace(pipe.tokenizer.flow, **given.flow)
+    return pipe
 
 
 def settings_of(given: argparse.Namespace) -> dict[str, float | str]:
@@ -193,6 +204,7 @@ def main() -> None:
     parser.add_argument("--cfg-schedule")
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-p", type=float)
+    parser.add_argument("--flow", type=json.loads, default={}, help='decoding, e.g. {"noise_scale": 1, "num_steps": 8}')
     parser.add_argument("--out", default="docs")
     given = parser.parse_args()
     commands[given.table](given)

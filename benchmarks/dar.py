@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ from vision_ar.interfaces import run
 from vision_ar.layers.classifier import SmallClassifier, load_classifier
 from vision_ar.pictures import grid, save_gif, to_pil, to_pixels
 from vision_ar.pipeline import Pipeline, Samples
-from vision_ar.tokenizers.diffusion import DiffusionTokenizer
+from vision_ar.tokenizers.diffusion import DiffusionTokenizer, FlowConfig
 
 BATCH = 250
 
@@ -66,7 +68,7 @@ def reference(data: str, classifier: SmallClassifier) -> RunningMoments:
 
 def reconstruct(given: argparse.Namespace) -> None:
     """Print PSNR after each group."""
-    tokenizer = open_model(given.model, given).tokenizer
+    tokenizer = open_model(given.model, given.flow).tokenizer
     rows: list[Tensor] = []
     used = torch.zeros(tokenizer.spec.vocab_size or 0, dtype=torch.int64)
     for images, _ in held_out_images(given.data, given.num):
@@ -102,7 +104,7 @@ def accuracy(images: Tensor, labels: Tensor, classifier: SmallClassifier) -> flo
 
 def previews(given: argparse.Namespace) -> None:
     """Print the distance of previews to the data after each quarter of the tokens."""
-    classifier, pipe = load_classifier(), open_model(given.model, given)
+    classifier, pipe = load_classifier(), open_model(given.model, given.flow)
     images, shown, labels = draw(pipe, given.num, True, **settings_of(given))
     assert shown is not None
     data = reference(given.data, classifier)
@@ -135,7 +137,7 @@ def order(given: argparse.Namespace) -> None:
     print(f"{given.num} samples a row against the test set, classes in turn, seeds 0, 1, 2, ...")
     print("model   cfg_scale   fd-cifar10   class accuracy   images/s")
     for name in given.models:
-        pipe = open_model(name, given)
+        pipe = open_model(name, given.flow)
         print(f"{name}   {nats_per_image(pipe, given.data, given.num):.2f} nats a test image")
         for scale in given.scales:
             start = time.perf_counter()
@@ -145,17 +147,17 @@ def order(given: argparse.Namespace) -> None:
             print(f"{name}   {scale:g}   {distance:.3f}   {accuracy(images, labels, classifier):.1%}   {rate:.1f}")
 
 
-def grid_samples(pipe: Pipeline, given: argparse.Namespace) -> Samples:
-    """Eight samples of every class, class by class, with previews."""
+def grid_samples(pipe: Pipeline, previews: bool, given: argparse.Namespace) -> Samples:
+    """Eight samples of every class, class by class."""
     labels = [label for label in range(pipe.num_classes) for _ in range(8)]
-    return pipe.sample(labels, seed=0, previews=True, **settings_of(given))
+    return pipe.sample(labels, seed=0, previews=previews, **settings_of(given))
 
 
 def naming(given: argparse.Namespace) -> None:
     """Write the grid with its rows in a random order, and that order apart."""
-    out, pipe = Path(given.out), open_model(given.model, given)
-    images = grid_samples(pipe, given).images.unflatten(0, (pipe.num_classes, 8))
-    order = torch.randperm(pipe.num_classes)
+    out, pipe = Path(given.out), open_model(given.model, given.flow)
+    images = grid_samples(pipe, False, given).images.unflatten(0, (pipe.num_classes, 8))
+    order = random.sample(range(pipe.num_classes), pipe.num_classes)  # torch would draw the same order in every process
     to_pil(grid(images[order].flatten(0, 1), 8)).save(out / "naming.png")
     names = pipe.class_names or [str(label) for label in range(pipe.num_classes)]
     (out / "naming.json").write_text(json.dumps([names[row] for row in order]))
@@ -164,8 +166,8 @@ def naming(given: argparse.Namespace) -> None:
 
 def pictures(given: argparse.Namespace) -> None:
     """Write the README's pictures: a grid of classes x 8 samples, and previews of one sample a class."""
-    out, pipe = Path(given.out), open_model(given.model, given)
-    samples = grid_samples(pipe, given)
+    out, pipe = Path(given.out), open_model(given.model, given.flow)
+    samples = grid_samples(pipe, True, given)
     assert samples.previews is not None
     to_pil(grid(samples.images, 8)).save(out / "cifar10_grid.png")
     firsts = samples.previews[::8]
@@ -174,12 +176,22 @@ def pictures(given: argparse.Namespace) -> None:
     print(f"wrote cifar10_grid.png, cifar10_previews.png and cifar10_previews.gif in {out}")
 
 
-def open_model(name: str, given: argparse.Namespace) -> Pipeline:
-    """A model with the decoding settings that were given."""
+def open_model(name: str, flow: dict[str, Any]) -> Pipeline:
+    """A model whose decoding has the settings `flow`, the others are its own."""
     pipe = vision_ar.load(name)
     assert isinstance(pipe.tokenizer, DiffusionTokenizer)
-    pipe.tokenizer.flow = replace(pipe.tokenizer.flow, **given.flow)
+    pipe.tokenizer.flow = replace(pipe.tokenizer.flow, **flow)
     return pipe
+
+
+def flow_settings(text: str) -> dict[str, Any]:
+    """Decoding settings from JSON; argparse shows what is wrong with them."""
+    try:
+        settings = json.loads(text)
+        replace(FlowConfig(), **settings)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"must be JSON of fields of FlowConfig, got {text}: {error}") from error
+    return settings
 
 
 def settings_of(given: argparse.Namespace) -> dict[str, float | str]:
@@ -204,7 +216,9 @@ def main() -> None:
     parser.add_argument("--cfg-schedule")
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-p", type=float)
-    parser.add_argument("--flow", type=json.loads, default={}, help='decoding, e.g. {"noise_scale": 1, "num_steps": 8}')
+    parser.add_argument(
+        "--flow", type=flow_settings, default={}, help='decoding, as {"noise_scale": 1, "num_steps": 8}'
+    )
     parser.add_argument("--out", default="docs")
     given = parser.parse_args()
     commands[given.table](given)

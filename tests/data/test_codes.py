@@ -44,13 +44,13 @@ class FakeTokenizer(Tokenizer):
         return {"spec": self.spec, "gain": self.gain}
 
     def decode(self, tokens: Tokens, seeds: Tensor | None = None) -> Tensor:
-        raise NotImplementedError
+        raise AssertionError("caching codes must only encode")
 
     def open_preview(self, batch_size: int, seeds: Tensor | None = None) -> Preview:
-        raise NotImplementedError
+        raise AssertionError("caching codes must only encode")
 
     def training_losses(self, data: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        raise NotImplementedError
+        raise AssertionError("caching codes must only encode")
 
     @classmethod
     def tiny(cls) -> FakeTokenizer:

@@ -58,7 +58,7 @@ class PerceptualLosses(nn.Module):
                 named["lpips"] = judge(estimate.float(), images.float()).mean()
         if self._classifier is not None:
             judge = self._judge("classifier", partial(load_classifier, self._classifier))
-            judge = judge.to(images.device, memory_format=torch.channels_last)  # a third faster on a CPU
+            judge = judge.to(images.device).to(memory_format=torch.channels_last)  # a third faster on a CPU
             named["classifier"] = classifier_distance(judge, images, estimate)
         if self.uses_repa:
             judge = self._judge("repa", lambda: load_dino(self._repa_weights)).to(images.device)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from vision_ar.data.pixels import flip_some, normalise
 from vision_ar.data.sources import ParquetSource, parquet_class_names
 from vision_ar.layers.classifier import IMAGE_SIZE, SmallClassifier, load_classifier, save_classifier
+from vision_ar.training.precision import cpu_has_bfloat16
 
 PAD = 4
 WARM_UP = 0.2
@@ -93,7 +94,7 @@ def train(classifier: SmallClassifier, pixels: Tensor, labels: Tensor, args: arg
         optimizer.param_groups[0]["lr"] = args.lr * min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
         images = augment(pixels[rows], generator)
         # bfloat16 convolutions take half the time of float32 on a CPU that has them; losses stay float32
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16()):
             logits = classifier(images)
         loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=args.label_smoothing)
         optimizer.zero_grad()

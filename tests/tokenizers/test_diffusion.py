@@ -69,9 +69,9 @@ def feed_all(tokenizer: DiffusionTokenizer, ids: Tensor, seeds: Tensor | None = 
 
 def slow_decode(tokenizer: DiffusionTokenizer, ids: Tensor, seed: int, steps: int, second_order: bool) -> list[Tensor]:
     """One image by the formulas, with the states' straight continuation to t = 1 after every step."""
-    groups = len(tokenizer.spec.groups)
-    times = [u / (u + SHIFT * (1 - u)) for u in (i / steps for i in range(steps + 1))]
-    cond = tokenizer.decoder(tokenizer.quantizer.lookup(ids[None])).chunk(groups, dim=1)
+    groups, shift = len(tokenizer.spec.groups), tokenizer.flow.decoding_shift or SHIFT
+    times = [u / (u + shift * (1 - u)) for u in (i / steps for i in range(steps + 1))]
+    cond = tokenizer.decoder(tokenizer.quantizer.lookup(ids[None])).split(tokenizer.spec.groups, dim=1)
     x, previous, shown = keyed_normal(torch.tensor([seed]), (3, 8, 8)), None, []
     for i in range(steps):
         group = min(math.floor(groups * i / steps + 0.5), groups - 1)
@@ -120,6 +120,28 @@ def test_a_single_group_is_decoded_in_eight_steps() -> None:
     tokenizer.velocity.register_forward_hook(lambda *_: calls.append(1))
     decode(tokenizer, make_ids())
     assert len(calls) == 8
+
+
+@pytest.mark.parametrize("flow", [FlowConfig(), FlowConfig(decoding_shift=4.0, num_steps=3, solver="euler")])
+def test_groups_of_unequal_size_and_another_shift_decode_as_the_formulas_say(flow: FlowConfig) -> None:
+    tokenizer, ids = make_tokenizer(group_sizes=[1, 2, 5], flow=flow), make_ids()
+    steps = flow.num_steps or 8
+    with torch.no_grad():
+        rows = [
+            slow_decode(tokenizer, *pair, steps, flow.solver == "ab2") for pair in zip(ids, SEEDS.tolist(), strict=True)
+        ]
+    expected = [torch.cat(step) for step in zip(*rows, strict=True)]
+    torch.testing.assert_close(decode(tokenizer, ids), expected[-1], rtol=1e-4, atol=1e-5)
+    last_step_of = [0, 1, 2] if steps == 3 else [1, 3, 7]
+    for image, step in zip(feed_all(tokenizer, ids), last_step_of, strict=True):
+        torch.testing.assert_close(image, expected[step], rtol=1e-4, atol=1e-5)
+
+
+def test_the_shift_of_decoding_is_not_that_of_training() -> None:
+    images, noise, raw = make_images(2), torch.zeros(2, 3, 8, 8), torch.tensor([0.3, 0.6])
+    plain, shifted = make_tokenizer(), make_tokenizer(flow=FlowConfig(decoding_shift=5.0))
+    assert torch.equal(*(t.losses_at(images, raw, noise)["loss"] for t in (plain, shifted)))
+    assert not torch.allclose(decode(plain, make_ids()), decode(shifted, make_ids()))
 
 
 def test_a_preview_depends_on_the_tokens_so_far_only() -> None:
@@ -211,28 +233,38 @@ def test_fine_to_coarse_emits_the_groups_in_reverse_and_decodes_to_the_same_imag
     torch.testing.assert_close(shown[3], whole, rtol=1e-5, atol=1e-5)
 
 
+def test_fine_to_coarse_with_groups_of_unequal_size() -> None:
+    sizes, images = [1, 2, 5], make_images()
+    forward, backward = make_tokenizer(group_sizes=sizes), make_tokenizer(group_sizes=sizes, fine_to_coarse=True)
+    assert (forward.spec.groups, backward.spec.groups) == ((1, 2, 5), (5, 2, 1))
+    coarse, fine = forward.encode(images).ids, backward.encode(images).ids
+    assert torch.equal(fine, torch.cat([coarse[:, 3:], coarse[:, 1:3], coarse[:, :1]], dim=1))
+    whole = decode(forward, coarse)
+    torch.testing.assert_close(decode(backward, fine), whole)
+    torch.testing.assert_close(feed_all(backward, fine)[2], whole, rtol=1e-5, atol=1e-5)
+
+
 def slow_losses(tokenizer: DiffusionTokenizer, images: Tensor, raw: Tensor, noise: Tensor) -> dict[str, Tensor]:
     """The losses one image and one token at a time; a token counts when its group is known at the image's time."""
     flow, quantising, groups = [], [], len(tokenizer.spec.groups)
     found = tokenizer.quantizer(tokenizer.encoder(images))
     cond = tokenizer.decoder(found.quantized)
-    size = 8 // groups
+    ends = tokenizer.spec.ends
     for row, u in enumerate(raw.tolist()):
         group = min(math.floor(groups * u + 0.5), groups - 1)
         t = u / (u + SHIFT * (1 - u))
         noisy = t * STD * images[row] + (1 - t) * noise[row]
-        part = cond[row : row + 1, group * size : (group + 1) * size]
+        part = cond[row : row + 1, (0, *ends)[group] : ends[group]]
         velocity = tokenizer.velocity(noisy[None], torch.tensor([t]), part)[0]
         flow.append((velocity - (STD * images[row] - noise[row])).square().mean() / STD**2)
-        quantising += [found.codebook_loss[row, token] for token in range((group + 1) * size)]
+        quantising += [found.codebook_loss[row, token] for token in range(ends[group])]
     quantising_loss = torch.stack(quantising).mean()
     return {"flow": torch.stack(flow).mean(), "codebook": quantising_loss, "commitment": quantising_loss}
 
 
-@pytest.mark.parametrize("num_groups", [1, 4])
-def test_training_losses_equal_a_loop_over_images_and_known_tokens(num_groups: int) -> None:
-    weights = LossConfig(codebook=0.7, commitment=0.3)
-    tokenizer = make_tokenizer(num_groups=num_groups, losses=weights)
+@pytest.mark.parametrize("groups", [{"num_groups": 1}, {"num_groups": 4}, {"group_sizes": [1, 2, 5]}])
+def test_training_losses_equal_a_loop_over_images_and_known_tokens(groups: dict[str, Any]) -> None:
+    tokenizer = make_tokenizer(**groups, losses=LossConfig(codebook=0.7, commitment=0.3))
     images, noise = make_images(4), torch.randn(4, 3, 8, 8, generator=seeded(3))
     raw = torch.tensor([0.0, 0.2, 0.5, 0.99])
     with torch.no_grad():
@@ -297,6 +329,8 @@ def test_revival_is_off_unless_asked_for() -> None:
     [
         ({"num_groups": 3}, "num_groups must divide seq_len=8, got 3"),
         ({"num_groups": 0}, "num_groups must divide seq_len=8, got 0"),
+        ({"group_sizes": [3, 4]}, r"group_sizes must be positive and sum to seq_len=8, got \[3, 4\]"),
+        ({"group_sizes": [0, 8]}, r"group_sizes must be positive and sum to seq_len=8, got \[0, 8\]"),
         ({"image_size": 10}, "encoder patch_size must divide image_size=10, got 4"),
         (
             {"image_size": 12, "velocity": VelocityConfig(dim=32, depth=1, patch_size=8, head_dim=16)},
@@ -319,6 +353,7 @@ def test_sizes_that_do_not_fit_are_refused(settings: dict[str, Any], message: st
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
         ({"data_std": 0.0}, "data_std must be above 0, got 0.0"),
         ({"time_shift": -1.0}, "time_shift must be above 0, got -1.0"),
+        ({"decoding_shift": 0.0}, "decoding_shift must be above 0, got 0.0"),
     ],
 )
 def test_flows_that_lead_nowhere_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -328,14 +363,14 @@ def test_flows_that_lead_nowhere_are_refused(settings: dict[str, Any], message: 
 
 def test_the_read_outs_of_the_anchor_are_nested_sums() -> None:
     torch.manual_seed(0)
-    anchor, rows, images = Anchor(4, 2 * 4, 2 * 5, 3, 8), torch.randn(3, 8, 4), make_images()
-    cond = torch.randn(3, 2, 5)
-    errors, read = [], anchor.bias
-    for group in range(4):
-        read = read + rows[:, 2 * group : 2 * group + 2].reshape(3, 8) @ anchor.weight[group]
+    anchor, conditions, images = Anchor((1, 3, 4), 32, 3, 8), torch.randn(3, 8, 32), make_images()
+    errors, read, start = [], anchor.bias, 0
+    for end in (1, 4, 8):
+        told = anchor.narrow(conditions[:, start:end]).reshape(3, -1)
+        read = read + told @ anchor.weight[16 * start : 16 * end]
         errors.append((read - images.flatten(1)).square().mean())
-    of_cond = (anchor.read_cond(cond.flatten(1)) - images.flatten(1)).square().mean()
-    torch.testing.assert_close(anchor(rows, cond, images), torch.stack(errors).mean() + of_cond)
+        start = end
+    torch.testing.assert_close(anchor(conditions, images), torch.stack(errors).mean())
 
 
 def test_less_noise_at_the_start_is_scaled_noise() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vision_ar.layers.attention import Allowed
 from vision_ar.layers.blocks import NormedAttention, SiluMLP, Table, plain_norm
 from vision_ar.layers.rope import rotary_table
 
@@ -59,17 +60,18 @@ class VelocityBlock(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, time: Tensor, cond: Tensor, table: Table) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, cond: Tensor, heard: Allowed, table: Table) -> Tensor:
         """Refine patches.
 
         Args:
             x: patch vectors, (B, T, D).
             time: sinusoids, (B, D).
             cond: condition tokens of the current group, (B, S, D).
+            heard: which of them are real.
             table: rotary table of the patch grid.
         """
         cond = plain_norm(self.cond_mlp(cond))
-        signal = self.time_mlp(time)[:, None] + self.cross_attn(plain_norm(x), cond, query_table=table)
+        signal = self.time_mlp(time)[:, None] + self.cross_attn(plain_norm(x), cond, heard, table)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(F.silu(signal)).chunk(6, dim=-1)
         y = plain_norm(x) * (1 + scale_1) + shift_1
         x = x + gate_1 * self.attn(y, query_table=table, key_table=table)
@@ -106,8 +108,13 @@ class VelocityNet(nn.Module):
         """
         return self.with_features(x, time, cond)[0]
 
-    def with_features(self, x: Tensor, time: Tensor, cond: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
-        """The velocity, and the patch vectors (B, T, D) on entry of block `layer` (the last block by default)."""
+    def with_features(
+        self, x: Tensor, time: Tensor, cond: Tensor, cond_mask: Tensor | None = None, layer: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The velocity, and the patch vectors (B, T, D) on entry of block `layer` (the last block by default).
+
+        `cond_mask` (B, S) is False for condition tokens that only fill up a smaller group.
+        """
         side = self.config.patch_size
         grid = (x.shape[2] // side, x.shape[3] // side)
         y = self.conv_in(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=side, q=side))
@@ -115,9 +122,10 @@ class VelocityNet(nn.Module):
         table = rotary_table(torch.stack([rows, columns], -1).flatten(0, 1)[None], self.config.head_dim)
         sinusoid = time_sinusoid(time, self.config.dim).to(y.dtype)
         cond = plain_norm(self.cond_proj(cond))
+        heard = Allowed(mask=None if cond_mask is None else cond_mask[:, None, None])
         features = y
         for number, block in enumerate(self.blocks):
             features = y if layer is None or number == layer else features
-            y = block(y, sinusoid, cond, table)
+            y = block(y, sinusoid, cond, heard, table)
         y = self.conv_out(plain_norm(y)).float()
         return rearrange(y, "b (h w) (c p q) -> b c (h p) (w q)", h=grid[0], p=side, q=side), features

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from vision_ar.interfaces import AttentionPattern, ImageTokenizer, Preview, Tokens, TokenSpec
@@ -28,6 +27,7 @@ from vision_ar.layers.velocity import VelocityConfig, VelocityNet
 from vision_ar.quantizers.vq import VectorQuantizer
 from vision_ar.shapes import check_shape
 
+ANCHOR_WIDTH = 16  # numbers that the read-out takes from a condition vector
 QUERY_RANK = 8  # D-AR code: queries are rows of a table this wide, then projected
 QUERY_SPARE = 1024  # D-AR code: query and decoder tables have at least this many rows
 
@@ -58,6 +58,7 @@ class FlowConfig:
     Args:
         data_std: images are multiplied by this before noise is added.
         time_shift: shift of the time, 1 is none.
+        decoding_shift: shift of the decoding steps; None is time_shift, as published.
         num_steps: denoising steps when decoding; None is one per group, but at least 8;
             with fewer steps than groups some groups are never read.
         solver: ab2 (Adams-Bashforth, published) or euler.
@@ -67,6 +68,7 @@ class FlowConfig:
 
     data_std: float = 0.6
     time_shift: float = 2.0
+    decoding_shift: float | None = None
     num_steps: int | None = None
     solver: str = "ab2"
     noise_scale: float = 1.0
@@ -78,9 +80,10 @@ class FlowConfig:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
         if not self.noise_scale >= 0:
             raise ValueError(f"noise_scale must be at least 0, got {self.noise_scale}")
-        for name in ("data_std", "time_shift"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("data_std", "time_shift", "decoding_shift"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
 
 
 @dataclass
@@ -98,9 +101,9 @@ class LossConfig:
         repa_layer: velocity block on whose input the alignment reads.
         repa_weights: file with DINOv2 ViT-B/14 weights as timm stores them.
         revive_every: batches between revivals of unused codebook rows; 0 is never, as published.
-        anchor: error of linear read-outs of the image from the tokens of every prefix of the groups and from the
-            condition vectors of the drawn group, see `Anchor`. Not published, where it is 0: it gives encoder and
-            decoder a direct gradient, which a short training needs.
+        anchor: error of linear read-outs of the image from the condition vectors of every prefix of the groups, see
+            `Anchor`. Not published, where it is 0: it gives encoder and decoder a direct gradient, which a short
+            training needs.
     """
 
     codebook: float = 1.0
@@ -127,7 +130,9 @@ class DiffusionTokenizer(ImageTokenizer):
         image_size: side of the square images, in pixels.
         channels: image channels.
         seq_len: tokens per image.
-        num_groups: decoding groups; 1 switches the order off (every step reads all tokens).
+        num_groups: decoding groups of equal size; 1 switches the order off (every step reads all tokens).
+        group_sizes: tokens of each group, coarse to fine, in place of `num_groups` equal ones; growing groups make
+            every group add about as much to the picture. Not published.
         vocab_size: codebook rows.
         latent_dim: width of a codebook row.
         encoder: sizes of the patch encoder.
@@ -152,14 +157,21 @@ class DiffusionTokenizer(ImageTokenizer):
         flow: FlowConfig = FlowConfig(),  # noqa: B008
         losses: LossConfig = LossConfig(),  # noqa: B008
         fine_to_coarse: bool = False,
+        group_sizes: list[int] | None = None,
     ) -> None:
         super().__init__()
-        if num_groups < 1 or seq_len % num_groups:
-            raise ValueError(f"num_groups must divide seq_len={seq_len}, got {num_groups}")
+        if group_sizes is None:
+            if num_groups < 1 or seq_len % num_groups:
+                raise ValueError(f"num_groups must divide seq_len={seq_len}, got {num_groups}")
+            group_sizes = [seq_len // num_groups] * num_groups
+        if not group_sizes or min(group_sizes) < 1 or sum(group_sizes) != seq_len:
+            raise ValueError(f"group_sizes must be positive and sum to seq_len={seq_len}, got {group_sizes}")
         for name, side in (("encoder", encoder.patch_size), ("velocity", velocity.patch_size)):
             if image_size % side:
                 raise ValueError(f"{name} patch_size must divide image_size={image_size}, got {side}")
-        self.spec = TokenSpec(seq_len, (seq_len // num_groups,) * num_groups, vocab_size=vocab_size)
+        self.group_sizes = tuple(group_sizes)  # coarse to fine; the spec has them as they are emitted
+        emitted = self.group_sizes[::-1] if fine_to_coarse else self.group_sizes
+        self.spec = TokenSpec(seq_len, emitted, vocab_size=vocab_size)
         self.image_size, self.channels, self.flow = image_size, channels, flow
         self.fine_to_coarse = fine_to_coarse
         self.encoder = PatchEncoder(encoder, image_size, channels, seq_len, latent_dim)
@@ -176,8 +188,7 @@ class DiffusionTokenizer(ImageTokenizer):
         self.losses = losses
         self.anchor = None
         if losses.anchor > 0:
-            widths = (self.group_size * latent_dim, self.group_size * decoder.dim)
-            self.anchor = Anchor(num_groups, *widths, channels, image_size)
+            self.anchor = Anchor(self.group_sizes, decoder.dim, channels, image_size)
 
     @classmethod
     def tiny(cls) -> DiffusionTokenizer:
@@ -186,26 +197,21 @@ class DiffusionTokenizer(ImageTokenizer):
         velocity = VelocityConfig(dim=32, depth=1, patch_size=4, head_dim=16)
         return cls(8, 3, 8, 4, vocab_size=16, latent_dim=4, encoder=coder, decoder=coder, velocity=velocity)
 
-    @property
-    def group_size(self) -> int:
-        """Tokens per group."""
-        return self.spec.groups[0]
-
     def encode(self, data: Tensor, labels: Tensor | None = None) -> Tokens:
         """Tokenize images (B, C, H, W) in [-1, 1]."""
         size = self.image_size
         check_shape("images", data, "B C H W", C=self.channels, H=size, W=size)
         with torch.no_grad():
             ids = self.quantizer(self.encoder(data)).tokens
-        return Tokens.of(self.spec, ids=self._emitted(ids), labels=labels)
+        return Tokens.of(self.spec, ids=self._reordered(ids, self.group_sizes), labels=labels)
 
     def decode(self, tokens: Tokens, seeds: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W), about [-1, 1] but not clamped."""
         assert tokens.ids is not None
-        ids = self._emitted(tokens.ids)  # the reversal is its own inverse
+        ids = self._reordered(tokens.ids, self.spec.groups)
         walk = self._open_walk(self.start_noise(ids.shape[0], seeds))
-        cond = rearrange(self.decoder(self.quantizer.lookup(ids)), "b (k t) d -> k b t d", k=len(self.spec.groups))
-        for group, vectors in enumerate(cond):
+        cond = self.decoder(self.quantizer.lookup(ids))
+        for group, vectors in enumerate(cond.split(self.group_sizes, dim=1)):
             self._denoise(walk, group, vectors)
         return walk.x / self.flow.data_std
 
@@ -228,20 +234,20 @@ class DiffusionTokenizer(ImageTokenizer):
 
     def losses_at(self, data: Tensor, raw: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Named losses at given raw times (B,) in [0, 1) and noise (B, C, H, W)."""
-        weights, std, groups = self.losses, self.flow.data_std, len(self.spec.groups)
+        weights, std = self.losses, self.flow.data_std
         latents = self.encoder(data)
         found = self.quantizer(latents)
         if self.training:  # bookkeeping only: the losses are the same in both modes
             self.quantizer.track(found.tokens, latents)
-        group = group_at(raw, groups)
-        known = self.spec.group_of().to(data.device) <= group[:, None]  # (B, T), tokens read up to this time
-        cond = rearrange(self.decoder(found.quantized), "b (k t) d -> b k t d", k=groups)
-        cond = cond[torch.arange(data.shape[0], device=data.device), group]  # (B, group_size, D)
+        group = group_at(raw, len(self.group_sizes))
+        conditions = self.decoder(found.quantized)
+        cond, cond_mask, known = pick_groups(conditions, group, self.group_sizes)
         time = shift_time(raw, self.flow.time_shift)
         fade = time[:, None, None, None]
         noisy = fade * std * data + (1 - fade) * noise
         repa = self.perceptual.uses_repa
-        velocity, features = self.velocity.with_features(noisy, time, cond, weights.repa_layer if repa else None)
+        layer = weights.repa_layer if repa else None
+        velocity, features = self.velocity.with_features(noisy, time, cond, cond_mask, layer)
         named = {
             "flow": F.mse_loss(velocity, std * data - noise) / std**2,
             "codebook": masked_mean(found.codebook_loss, known),
@@ -249,7 +255,7 @@ class DiffusionTokenizer(ImageTokenizer):
         }
         named["loss"] = named["flow"] + weights.codebook * named["codebook"] + weights.commitment * named["commitment"]
         if self.anchor is not None:
-            named["anchor"] = self.anchor(found.quantized, cond, data)
+            named["anchor"] = self.anchor(conditions, data)
         named |= self.perceptual(data, (noisy + (1 - fade) * velocity) / std, features)
         for name in ("anchor", "lpips", "classifier", "repa"):
             if name in named:
@@ -268,26 +274,46 @@ class DiffusionTokenizer(ImageTokenizer):
         self.perceptual = PerceptualLosses(0, 0, None, 1)
         self.init_args["losses"] = self.losses
 
-    def _emitted(self, ids: Tensor) -> Tensor:
-        """Between encoder order and emitted order."""
-        if not self.fine_to_coarse:
-            return ids
-        return rearrange(rearrange(ids, "b (k t) -> b k t", t=self.group_size).flip(1), "b k t -> b (k t)")
+    def _reordered(self, ids: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """Ids (B, T) in groups of these sizes, between encoder order and emitted order."""
+        return torch.cat(ids.split(sizes, dim=1)[::-1], dim=1) if self.fine_to_coarse else ids
 
     def _open_walk(self, noise: Tensor) -> FlowPath:
-        steps = self.flow.num_steps or max(len(self.spec.groups), 8)
-        times = shift_time(torch.arange(steps + 1) / steps, self.flow.time_shift).tolist()
+        steps = self.flow.num_steps or max(len(self.group_sizes), 8)
+        shift = self.flow.decoding_shift or self.flow.time_shift
+        times = shift_time(torch.arange(steps + 1) / steps, shift).tolist()
         return FlowPath(noise, times, second_order=self.flow.solver == "ab2")
 
     def _denoise(self, walk: FlowPath, group: int, cond: Tensor) -> None:
-        """Take the steps that read `group`, with its condition vectors (B, group_size, D)."""
+        """Take the steps that read `group`, with its condition vectors (B, S, D)."""
         steps = len(walk.times) - 1
         while walk.step < steps:
             raw = torch.tensor(walk.step / steps)
-            if int(group_at(raw, len(self.spec.groups))) != group:
+            if int(group_at(raw, len(self.group_sizes))) != group:
                 return
             time = torch.full((walk.x.shape[0],), walk.times[walk.step], device=walk.x.device)
             walk.advance(self.velocity(walk.x.to(cond.dtype), time, cond).float())
+
+
+def pick_groups(conditions: Tensor, group: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The condition vectors of one group for each row.
+
+    Args:
+        conditions: of all tokens, (B, T, D).
+        group: wanted in each row, (B,).
+        sizes: of the groups.
+
+    Returns:
+        Vectors (B, S, D) with S the largest size, True where they are real (B, S) or None when all are, and True for
+        the tokens up to the end of the wanted group (B, T).
+    """
+    lengths = torch.tensor(sizes, device=group.device)
+    ends = lengths.cumsum(0)[group, None]  # (B, 1)
+    real = torch.arange(max(sizes), device=group.device) < lengths[group, None]
+    tokens = torch.arange(conditions.shape[1], device=group.device)
+    columns = (ends - lengths[group, None] + tokens[: max(sizes)]).clamp(max=conditions.shape[1] - 1)
+    rows = torch.arange(len(group), device=group.device)[:, None]
+    return conditions[rows, columns], None if min(sizes) == max(sizes) else real, tokens < ends
 
 
 def masked_mean(values: Tensor, kept: Tensor) -> Tensor:
@@ -317,15 +343,15 @@ class DiffusionPreview(Preview):
         self._fed = 0
 
     def feed(self, ids: Tensor) -> Tensor | None:
-        """Take the next group of ids (B, group_size); return images (B, C, H, W) or None while nothing is visible."""
-        tokenizer, groups = self._tokenizer, len(self._tokenizer.spec.groups)
-        if self._fed == groups:
-            raise RuntimeError(f"feed must be called at most {groups} times, once per group")
-        check_shape("ids", ids, "B T", T=tokenizer.group_size)
+        """Take the next group of ids (B, group size); return images (B, C, H, W) or None while nothing is visible."""
+        tokenizer, sizes = self._tokenizer, self._tokenizer.spec.groups
+        if self._fed == len(sizes):
+            raise RuntimeError(f"feed must be called at most {len(sizes)} times, once per group")
+        check_shape("ids", ids, "B T", T=sizes[self._fed])
         self._fed += 1
         if tokenizer.fine_to_coarse:
             self._waiting.insert(0, ids)
-            if self._fed < groups:
+            if self._fed < len(sizes):
                 return None
             return self._tokenizer_order(self._waiting)
         return self._show(self._fed - 1, ids)
@@ -342,16 +368,14 @@ class DiffusionPreview(Preview):
 
 
 class Anchor(nn.Module):
-    """Linear read-outs of the image from the tokens, for training only: group after group adds what it knows.
+    """Linear read-outs of the image from the condition vectors, for training only: group after group adds to it.
 
     The read-out after group g is the sum of one linear map for each group up to g. Every group is asked for what the
-    groups before it leave open, so that the tokens order themselves as principal components do. A second read-out, from
-    the condition vectors of one group, asks the causal decoder to gather what all groups up to there said.
+    groups before it leave open, and the causal decoder is asked to say it in the light of those groups.
 
     Args:
-        num_groups: token groups G.
-        width: of the flattened codebook rows of one group.
-        cond_width: of its flattened condition vectors.
+        group_sizes: tokens of each group.
+        dim: width of a condition vector D.
         channels: image channels C.
         image_size: side of the images; the read-out has at most 32.
 
@@ -359,26 +383,27 @@ class Anchor(nn.Module):
         Own; the nesting is that of Rippel et al. 2014, arXiv 1402.0915, with all prefixes at once.
     """
 
-    def __init__(self, num_groups: int, width: int, cond_width: int, channels: int, image_size: int) -> None:
+    def __init__(self, group_sizes: tuple[int, ...], dim: int, channels: int, image_size: int) -> None:
         super().__init__()
-        self.num_groups, self.side = num_groups, min(32, image_size)
+        self.side = min(32, image_size)
+        self.widths = [ANCHOR_WIDTH * size for size in group_sizes]
         pixels = channels * self.side**2
-        self.weight = nn.Parameter(0.1 * width**-0.5 * torch.randn(num_groups, width, pixels))
+        self.narrow = nn.Linear(dim, ANCHOR_WIDTH)
+        self.weight = nn.Parameter(0.1 * self.widths[0] ** -0.5 * torch.randn(sum(self.widths), pixels))
         self.bias = nn.Parameter(torch.zeros(pixels))
-        self.read_cond = nn.Linear(cond_width, pixels)
 
-    def forward(self, quantized: Tensor, cond: Tensor, images: Tensor) -> Tensor:
-        """Mean squared error of the read-outs against the images, the mean over prefixes plus that of the condition.
+    def forward(self, conditions: Tensor, images: Tensor) -> Tensor:
+        """Mean squared error of the read-outs against the images, the mean over prefixes.
 
         Args:
-            quantized: codebook rows of all tokens, (B, T, C).
-            cond: condition vectors of one group, (B, S, D).
+            conditions: condition vectors of all tokens, (B, T, D).
             images: (B, C, H, W).
         """
         wanted = F.adaptive_avg_pool2d(images, self.side).flatten(1)
-        groups = rearrange(quantized, "b (k t) c -> k b (t c)", k=self.num_groups)
-        read = (groups @ self.weight).float().cumsum(dim=0) + self.bias  # (K, B, pixels)
-        return (read - wanted).square().mean() + F.mse_loss(self.read_cond(cond.flatten(1)).float(), wanted)
+        parts = self.narrow(conditions).flatten(1).split(self.widths, dim=1)
+        added = torch.stack([x @ weight for x, weight in zip(parts, self.weight.split(self.widths), strict=True)])
+        read = added.float().cumsum(dim=0) + self.bias  # (K, B, pixels)
+        return (read - wanted).square().mean()
 
 
 class PatchEncoder(nn.Module):

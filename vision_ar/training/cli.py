@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from vision_ar.command_line import explain, fail
 from vision_ar.training.callbacks import ExportModel
 from vision_ar.training.generator import GeneratorModule  # noqa: F401 checkpoints name these classes
+from vision_ar.training.precision import fitting_precision
 from vision_ar.training.progress import StepProgress
 from vision_ar.training.tokenizer import TokenizerModule  # noqa: F401
 
@@ -64,6 +65,7 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add the bar to the callbacks that a trainer always gets; a trial run leaves no checkpoint."""
         given = (self.config_init[self.subcommand] if self.subcommand else self.config_init)["trainer"]
+        given["precision"] = fitting_precision(given.get("precision"), given.get("accelerator"))
         if given.get("fast_dev_run"):  # Lightning 2.6 writes last.ckpt even then
             given["callbacks"] = [c for c in given.get("callbacks") or [] if not isinstance(c, ModelCheckpoint)]
         bars = [c for c in given.get("callbacks") or [] if isinstance(c, ProgressBar)]

@@ -1,14 +1,15 @@
 """The claims of D-AR at small scale, as tables: what each token group adds, and that the order of the groups matters.
 
-    python benchmarks/dar.py reconstruct --data DIR             PSNR after each group over the test set
     python benchmarks/dar.py previews --data DIR                fd-cifar10 of samples from 1/4, 1/2, 3/4, all tokens
     python benchmarks/dar.py order --data DIR --models A B ...  fd-cifar10 and class accuracy of several models
     python benchmarks/dar.py pictures --out docs                the pictures of the README
     python benchmarks/dar.py naming --out DIR                   the same grid, its rows shuffled, their classes apart,
                                                                 for someone who is to name the classes
 
-DIR is a folder of CIFAR-10 in Parquet. Distances use the in-domain features of `vision_ar/layers/classifier.py` and
-compare runs with each other only.
+DIR is a folder of images in Parquet, CIFAR-10 by default. Distances use the in-domain features of --extractor and
+compare runs with each other only. What each group adds to a reconstruction is a table of the package:
+
+    python -m vision_ar.evaluation reconstruct --model cifar10-dar --protocol recon-cifar10 --data DIR --out OUT
 """
 
 from __future__ import annotations
@@ -20,17 +21,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import vision_ar
 from vision_ar.data.images import Parquet
+from vision_ar.evaluation.extractors import Extractor, load_extractor
 from vision_ar.evaluation.frechet import RunningMoments, frechet_distance
-from vision_ar.evaluation.reconstruction import psnr
-from vision_ar.interfaces import run
-from vision_ar.layers.classifier import SmallClassifier, load_classifier
+from vision_ar.interfaces import ImageTokenizer, run
 from vision_ar.pictures import grid, save_gif, to_pil, to_pixels
 from vision_ar.pipeline import Pipeline, Samples
 from vision_ar.tokenizers.diffusion import DiffusionTokenizer, FlowConfig
@@ -38,9 +38,10 @@ from vision_ar.tokenizers.diffusion import DiffusionTokenizer, FlowConfig
 BATCH = 250
 
 
-def held_out_images(data: str, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def held_out_images(data: str, pipe: Pipeline, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of images and labels of the test set, at most `count`."""
-    module = Parquet(root=data, image_size=32, batch_size=BATCH)
+    size, channels = image_size(pipe)
+    module = Parquet(root=data, image_size=size, channels=channels, batch_size=BATCH)
     module.setup("validate")
     seen = 0
     for batch in module.val_dataloader():
@@ -50,43 +51,28 @@ def held_out_images(data: str, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield batch["images"], batch["labels"]
 
 
-def moments(images: Tensor, classifier: SmallClassifier) -> RunningMoments:
-    """Feature moments of images in [-1, 1], rounded to pixels as saved pictures are."""
-    running = RunningMoments(classifier.feature_dim)
-    for part in (to_pixels(images).float() / 127.5 - 1).split(BATCH):
-        running.update(classifier.features(part))
-    return running
+def image_size(pipe: Pipeline) -> tuple[int, Literal[1, 3]]:
+    """Side and channels of the images of a model."""
+    assert isinstance(pipe.tokenizer, ImageTokenizer)
+    return pipe.tokenizer.image_size, 3 if pipe.tokenizer.channels == 3 else 1
 
 
-def reference(data: str, classifier: SmallClassifier) -> RunningMoments:
+def judge(images: Tensor, extractor: Extractor) -> tuple[RunningMoments, Tensor]:
+    """Feature moments of images in [-1, 1], rounded to pixels as saved pictures are, and the guessed class of each."""
+    running, guesses = RunningMoments(extractor.feature_dim), []
+    for part in to_pixels(images).split(BATCH):
+        found = extractor(part)
+        running.update(found.features)
+        guesses.append(found.logits.argmax(-1))
+    return running, torch.cat(guesses)
+
+
+def reference(data: str, pipe: Pipeline, extractor: Extractor) -> RunningMoments:
     """Feature moments of the test set."""
-    running = RunningMoments(classifier.feature_dim)
-    for images, _ in held_out_images(data, 10**9):
-        running.update(classifier.features(images))
+    running = RunningMoments(extractor.feature_dim)
+    for images, _ in held_out_images(data, pipe, 10**9):
+        running.update(extractor(to_pixels(images)).features)
     return running
-
-
-def reconstruct(given: argparse.Namespace) -> None:
-    """Print PSNR after each group."""
-    tokenizer = open_model(given.model, given.flow).tokenizer
-    rows: list[Tensor] = []
-    used = torch.zeros(tokenizer.spec.vocab_size or 0, dtype=torch.int64)
-    for images, _ in held_out_images(given.data, given.num):
-        ids = tokenizer.encode(images).ids
-        assert ids is not None
-        used += torch.bincount(ids.flatten(), minlength=len(used))
-        preview = tokenizer.open_preview(len(images))
-        shown = [preview.feed(part) for part in ids.split(list(tokenizer.spec.groups), dim=1)]
-        rows.append(torch.stack([psnr(frame, images) for frame in shown if frame is not None]))
-    table = torch.cat(rows, dim=1)
-    print(f"reconstruction of {table.shape[1]} test images by {given.model}, seed 0 for every image")
-    print("tokens   PSNR dB (mean)   standard error")
-    for end, row in zip(tokenizer.spec.ends, table, strict=True):
-        print(f"{end:6d}   {row.mean():14.3f}   {row.std() / len(row) ** 0.5:14.3f}")
-    probs = used / used.sum()
-    perplexity = torch.exp(-(probs * probs.clamp_min(1e-12).log()).sum())
-    print(f"codebook: {(used > 0).float().mean():.1%} used, perplexity {perplexity:.0f} of {len(used)}")
-    print("monotone:", bool((table.mean(dim=1).diff() > 0).all()))
 
 
 def draw(pipe: Pipeline, count: int, previews: bool, **settings: float | str) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -96,33 +82,28 @@ def draw(pipe: Pipeline, count: int, previews: bool, **settings: float | str) ->
     return samples.images, samples.previews, torch.tensor(labels)
 
 
-def accuracy(images: Tensor, labels: Tensor, classifier: SmallClassifier) -> float:
-    """Share of samples that the classifier takes for their class."""
-    guesses = torch.cat([classifier(part).argmax(-1) for part in images.split(BATCH)])
-    return float((guesses == labels).float().mean())
-
-
 def previews(given: argparse.Namespace) -> None:
     """Print the distance of previews to the data after each quarter of the tokens."""
-    classifier, pipe = load_classifier(), open_model(given.model, given.flow)
+    extractor, pipe = load_extractor(given.extractor), open_model(given.model, given.flow)
     images, shown, labels = draw(pipe, given.num, True, **settings_of(given))
     assert shown is not None
-    data = reference(given.data, classifier)
+    data = reference(given.data, pipe, extractor)
     groups = shown.shape[1]
     settings = settings_of(given) | given.flow or "default settings"
     print(f"{given.num} samples of {given.model}, {settings}, against the test set")
-    print("tokens   fd-cifar10   class accuracy")
+    print(f"tokens   {extractor.score_name}   class accuracy")
     for quarter in range(1, 5):
         frame = shown[:, quarter * groups // 4 - 1]
-        distance = frechet_distance(moments(frame, classifier), data)
+        found, guesses = judge(frame, extractor)
+        distance = frechet_distance(found, data)
         end = pipe.tokenizer.spec.ends[quarter * groups // 4 - 1]
-        print(f"{end:6d}   {distance:10.3f}   {accuracy(frame, labels, classifier):14.1%}")
+        print(f"{end:6d}   {distance:10.3f}   {float((guesses == labels).float().mean()):14.1%}")
 
 
 def nats_per_image(pipe: Pipeline, data: str, count: int) -> float:
     """Negative log-likelihood of all tokens of a test image given its class, whatever their order."""
     generator, nats, seen = pipe.generator, 0.0, 0
-    for images, labels in held_out_images(data, count):
+    for images, labels in held_out_images(data, pipe, count):
         tokens = pipe.tokenizer.encode(images, labels)
         losses = run(generator.backbone, generator.heads, generator.objective.plan(tokens))
         nats += float(losses["token_ce"]) * tokens.seq_len * len(labels)
@@ -132,10 +113,10 @@ def nats_per_image(pipe: Pipeline, data: str, count: int) -> float:
 
 def order(given: argparse.Namespace) -> None:
     """Print likelihood and the distance of several models' samples, with and without guidance."""
-    classifier = load_classifier()
-    data = reference(given.data, classifier)
+    extractor = load_extractor(given.extractor)
+    data = reference(given.data, open_model(given.models[0], {}), extractor)
     print(f"{given.num} samples a row against the test set, classes in turn, seeds 0, 1, 2, ...")
-    print("model   cfg_scale   fd-cifar10   class accuracy   images/s")
+    print(f"model   cfg_scale   {extractor.score_name}   class accuracy   images/s")
     for name in given.models:
         pipe = open_model(name, given.flow)
         print(f"{name}   {nats_per_image(pipe, given.data, given.num):.2f} nats a test image")
@@ -143,8 +124,9 @@ def order(given: argparse.Namespace) -> None:
             start = time.perf_counter()
             images, _, labels = draw(pipe, given.num, False, **{**settings_of(given), "cfg_scale": scale})
             rate = given.num / (time.perf_counter() - start)
-            distance = frechet_distance(moments(images, classifier), data)
-            print(f"{name}   {scale:g}   {distance:.3f}   {accuracy(images, labels, classifier):.1%}   {rate:.1f}")
+            found, guesses = judge(images, extractor)
+            accuracy = float((guesses == labels).float().mean())
+            print(f"{name}   {scale:g}   {frechet_distance(found, data):.3f}   {accuracy:.1%}   {rate:.1f}", flush=True)
 
 
 def grid_samples(pipe: Pipeline, previews: bool, given: argparse.Namespace) -> Samples:
@@ -204,12 +186,13 @@ def settings_of(given: argparse.Namespace) -> dict[str, float | str]:
 def main() -> None:
     """Parse and run one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = (reconstruct, previews, order, pictures, naming)
+    tables = (previews, order, pictures, naming)
     commands = {table.__name__: table for table in tables}
     parser.add_argument("table", choices=commands)
-    parser.add_argument("--data", default="data/cifar10", help="folder of CIFAR-10 in Parquet")
+    parser.add_argument("--data", default="data/cifar10", help="folder of the images in Parquet")
     parser.add_argument("--model", default="cifar10-dar")
     parser.add_argument("--models", nargs="+", default=["cifar10-dar"])
+    parser.add_argument("--extractor", default="cifar10", help="whose features judge, or a classifier's .safetensors")
     parser.add_argument("--num", type=int, default=10000, help="images or samples")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--cfg-scale", type=float)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,11 +20,9 @@ from vision_ar.interfaces import ImageTokenizer
 from vision_ar.pictures import columns_for, grid, read_image, save_previews, to_pil
 from vision_ar.pipeline import Pipeline, Samples, load
 from vision_ar.sampler.engine import Event
-from vision_ar.sampler.guidance import SCHEDULES
+from vision_ar.sampling_options import DTYPES, add_sampling_options, pick_device, sampling_options
 
 DEFAULT_MODEL = "cifar10-dar"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SETTINGS = ("cfg_scale", "cfg_schedule", "cfg_start", "temperature", "top_k", "top_p", "min_p")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,14 +36,7 @@ def parser() -> argparse.ArgumentParser:
         help="class names, or ids where no class has that name; cycled up to --num; default all",
     )
     p.add_argument("--num", type=int, default=16, help="number of images (default 16)")
-    p.add_argument("--cfg-scale", type=float, help="guidance strength, 1 is off")
-    p.add_argument("--cfg-schedule", choices=SCHEDULES, help="guidance strength over the tokens")
-    p.add_argument("--cfg-start", type=float, help="strength at the first token, for linear and cosine (default 1)")
-    p.add_argument("--cfg-interval", type=float, nargs=2, metavar=("BEGIN", "END"), help="for schedule interval")
-    p.add_argument("--temperature", type=float, help="divides the logits; 0 is greedy")
-    p.add_argument("--top-k", type=int, help="keep the k most likely tokens")
-    p.add_argument("--top-p", type=float, help="keep the most likely tokens up to this probability")
-    p.add_argument("--min-p", type=float, help="keep tokens at least this share as likely as the best")
+    add_sampling_options(p)
     p.add_argument("--seed", type=int, default=0, help="of image 0; image i has seed + i (default 0)")
     p.add_argument("--batch-size", type=int, default=64, help="images at a time; does not change them (default 64)")
     p.add_argument("--out", type=Path, default=Path("samples"), help="folder to write (default samples)")
@@ -76,10 +66,7 @@ def sample_to_folder(pipe: Pipeline, given: argparse.Namespace) -> None:
     if given.num < 1:
         raise ValueError(f"num must be at least 1, got {given.num}")
     labels = cycle_labels(parse_labels(given.labels, pipe), given.num)
-    options = {name: getattr(given, name) for name in SETTINGS if getattr(given, name) is not None}
-    if given.cfg_interval is not None:
-        options["cfg_interval"] = tuple(given.cfg_interval)
-    settings = pipe.settings(**options)
+    settings = pipe.settings(**sampling_options(given))
     forced = None
     if given.prefix_from is not None:
         tokenizer = pipe.tokenizer
@@ -163,18 +150,6 @@ def check_writable(out: Path) -> None:
         for folder in missing:
             if folder.is_dir():
                 folder.rmdir()
-
-
-def pick_device(name: str) -> str:
-    """The device to use; auto takes a GPU when there is one."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, dtype=torch.float64, device=name)  # the keyed noise is made in float64
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device must be one that this machine has, got {name}: {reason}") from error
-    return name
 
 
 def parse_labels(given: Sequence[str] | None, pipe: Pipeline) -> list[int]:

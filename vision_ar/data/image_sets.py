@@ -58,7 +58,7 @@ class MemoryImages(ImageSet):
         super().__init__()
         pixels = torch.empty(len(source), channels, side, side, dtype=torch.uint8)
         labels: list[int] = []
-        for index in tqdm(range(len(source)), desc="decoding", unit="image", leave=False, delay=2):
+        for index in tqdm(range(len(source)), desc="decoding", unit="image", leave=False, delay=2, disable=None):
             try:
                 pixels[len(labels)], label = source.square(index, side, channels)
                 labels.append(label)

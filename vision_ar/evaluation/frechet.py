@@ -6,10 +6,24 @@ features. The distance shrinks as samples are added, so compare scores of equall
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from vision_ar.shapes import check_shape
+
+
+class Moments(Protocol):
+    """Mean (F,) and unbiased covariance (F, F) of features, float64."""
+
+    @property
+    def mean(self) -> Tensor:
+        """(F,)."""
+
+    @property
+    def covariance(self) -> Tensor:
+        """(F, F)."""
 
 
 class RunningMoments:
@@ -88,7 +102,7 @@ class RunningMoments:
         self.count = total
 
 
-def frechet_distance(a: RunningMoments, b: RunningMoments) -> float:
+def frechet_distance(a: Moments, b: Moments) -> float:
     """Squared 2-Wasserstein distance of the Gaussians with these moments, at least 0.
 
     Args:
@@ -104,8 +118,8 @@ def frechet_distance(a: RunningMoments, b: RunningMoments) -> float:
         covariances is the sum of the singular values of the product of their roots, which, other than a matrix root
         of the product, stays exact when a covariance is singular.
     """
-    if a.feature_dim != b.feature_dim:
-        raise ValueError(f"b must have the {a.feature_dim} features of a, got {b.feature_dim}")
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"b must have the {len(a.mean)} features of a, got {len(b.mean)}")
     root_a, root_b = _root(a.covariance), _root(b.covariance)
     overlap = torch.linalg.svdvals(root_a.T @ root_b).sum()
     spread = root_a.square().sum() + root_b.square().sum() - 2 * overlap

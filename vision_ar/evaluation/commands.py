@@ -1,0 +1,302 @@
+"""The commands of `python -m vision_ar.evaluation`.
+
+    generate-and-score --model M --protocol P --data DIR --out DIR    sample, score, save
+    sweep --cfg-scale 1 1.5 2 3 4 ...                                 the same for several strengths: table and curve
+    score --images DIR|NPZ --reference ... --protocol P --out FILE    score finished images
+    reconstruct --model M --protocol P --data DIR --out DIR           a tokenizer: PSNR, SSIM, rFID, codebook
+    make-reference --data DIR --protocol P --out FILE.npz             read a set once
+    protocols                                                         what each one fixes
+
+Everything finished stays in --out: the same command goes on after an interruption. Under torchrun the processes share
+the work; the result is that of one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from vision_ar.checkpoints.store import load_model
+from vision_ar.command_line import USER_ERRORS, OneLineParser, fail
+from vision_ar.evaluation import protocols
+from vision_ar.evaluation.extractors import Extractor, load_extractor
+from vision_ar.evaluation.features import FeatureStore
+from vision_ar.evaluation.image_files import open_images, write_npz
+from vision_ar.evaluation.processes import Processes
+from vision_ar.evaluation.reconstruction import ReconstructionStore
+from vision_ar.evaluation.references import DataPixels, find_reference, open_data
+from vision_ar.evaluation.samples import SampleStore, shown
+from vision_ar.evaluation.scoring import Result, score, stamp_of
+from vision_ar.evaluation.statistics import Statistics, save_statistics
+from vision_ar.evaluation.sweeps import write_sweep
+from vision_ar.interfaces import ImageTokenizer
+from vision_ar.pictures import columns_for, grid, to_pil
+from vision_ar.pipeline import load
+from vision_ar.sampling_options import DTYPES, add_sampling_options, pick_device, sampling_options
+
+RESULT = "result.json"
+
+
+class Store(Protocol):
+    """What is prepared by one process and filled by all."""
+
+    def prepare(self) -> None:
+        """Make or check the folder."""
+
+    def fill(self, rank: int, world_size: int, advance: Callable[[int], Any]) -> None:
+        """Do this process's share."""
+
+
+class Harness:
+    """What all commands share: protocol, extractor, reference, processes and bars.
+
+    Args:
+        given: arguments of the command.
+        out: folder of the features.
+    """
+
+    def __init__(self, given: argparse.Namespace, out: Path) -> None:
+        self.processes = Processes.join()
+        self.given, self.out = given, out
+        self.protocol = protocols.find_protocol(given.protocol)
+        if given.extractor is not None:
+            self.protocol = replace(self.protocol, name=f"{self.protocol.name}+{Path(given.extractor).stem}",
+                                    extractor=given.extractor)  # fmt: skip
+        if given.reference_hash is not None:
+            self.protocol = replace(self.protocol, reference_digests=((given.reference_hash, "given"),))
+        device = pick_device(given.device)
+        if device == "cuda" and self.processes.world_size > 1:
+            device = f"cuda:{self.processes.local_rank}"
+        self.device = device
+        self.extractor: Extractor = load_extractor(self.protocol.extractor, given.weights).to(device)
+        self.seconds: dict[str, float] = {}
+
+    def fill(self, store: Store, count: int, what: str) -> None:
+        """Prepare and fill a store in all processes; the first shows a bar with images per second and time left."""
+        start, processes = time.perf_counter(), self.processes
+        if processes.first:
+            store.prepare()
+        processes.wait()
+        share = -(-count // processes.world_size)
+        with tqdm(total=share, desc=what, unit="image", disable=not processes.first or not sys.stderr.isatty()) as bar:
+            store.fill(processes.rank, processes.world_size, bar.update)
+        processes.wait()
+        self.seconds[what] = time.perf_counter() - start
+
+    def features(self, folder: str, pixels: Any) -> FeatureStore:
+        """Features of images, complete."""
+        store = FeatureStore(self.out / folder, pixels, self.extractor)
+        self.fill(store, pixels.count, folder)
+        return store
+
+    def reference(self) -> Statistics:
+        """The reference, checked."""
+        given = self.given
+        return find_reference(
+            given.reference, given.data, self.protocol, self.extractor, self.out / "reference",
+            lambda store: self.fill(store, store.pixels.count, "reference"),
+        )  # fmt: skip
+
+    def check_count(self, count: int) -> bool:
+        """True when the score is only partial, which must be allowed."""
+        if count < 1:
+            raise ValueError(f"num must be at least 1, got {count}")
+        if count < self.protocol.num_samples and not self.given.allow_partial:
+            raise ValueError(
+                f"{self.protocol.name} must have {self.protocol.num_samples} images, got {count}; "
+                "--allow-partial scores them and marks the result"
+            )
+        return count < self.protocol.num_samples
+
+    def conclude(self, path: Path, partial: bool, scores: dict[str, float], stamp: dict[str, Any]) -> Result:
+        """Save and print a result, in the first process."""
+        result = Result(self.protocol, partial, scores, {**stamp, "seconds": self.seconds})
+        if self.processes.first:
+            result.save(path)
+            print(f"{result.table()}\nsaved in {path}")
+        return result
+
+
+def generate_and_score(given: argparse.Namespace) -> Result:
+    """Sample what a protocol asks, score it, save all."""
+    out = Path(given.out)
+    harness = Harness(given, out)
+    protocol = harness.protocol
+    count = protocol.num_samples if given.num is None else given.num
+    partial = harness.check_count(count)
+    pipe = load(given.model, harness.device, DTYPES[given.dtype])
+    settings = vars(pipe.settings(**sampling_options(given)))
+    store = SampleStore(out / "samples", pipe, protocol, settings, given.seed, count, given.batch_size)
+    reference = harness.reference()  # before hours of sampling, so that a wrong one is met at once
+    harness.fill(store, count, "samples")
+    features = harness.features("features", store.pixels())
+    scores = score(features, reference, protocol.metrics, store.labels)
+    model = {"name": pipe.name, "hash": pipe.digest}
+    used = {"settings": {**settings, "dtype": given.dtype}, "seed": given.seed}
+    if harness.processes.first:
+        to_pil(grid(shown(features.pixels), columns_for(min(64, count)))).save(out / "grid.png")
+        if given.npz:
+            write_npz(out / "samples.npz", features.pixels.batches(250), count)
+    return harness.conclude(out / RESULT, partial, scores, stamp_of(features, reference, model=model, **used))
+
+
+def sweep(given: argparse.Namespace) -> None:
+    """Score a model at several guidance strengths; a table and, with matplotlib, curves."""
+    results = {}
+    for scale in given.cfg_scale:
+        one = argparse.Namespace(**{**vars(given), "cfg_scale": scale, "out": str(Path(given.out) / f"cfg_{scale:g}")})
+        results[scale] = generate_and_score(one)
+    if Processes.join().first:
+        print(write_sweep(results, Path(given.out)))
+
+
+def score_images(given: argparse.Namespace) -> None:
+    """Score finished images."""
+    path = Path(given.out)
+    harness = Harness(given, path.with_suffix(""))
+    pixels = open_images(given.images)
+    size = harness.protocol.image_size
+    if (pixels.height, pixels.width, pixels.channels) != (size, size, harness.protocol.channels):
+        found = f"{pixels.height} x {pixels.width} with {pixels.channels} channels in {pixels.name}"
+        raise ValueError(f"images must be {size} x {size} with {harness.protocol.channels} channels, got {found}")
+    partial = harness.check_count(pixels.count)
+    reference = harness.reference()
+    features = harness.features("features", pixels)
+    scores = score(features, reference, harness.protocol.metrics)
+    harness.conclude(path, partial, scores, stamp_of(features, reference, lossy_files=pixels.lossy))
+
+
+def reconstruct(given: argparse.Namespace) -> None:
+    """Encode and decode a set, compare it with itself."""
+    out = Path(given.out)
+    harness = Harness(given, out)
+    protocol = harness.protocol
+    if protocol.kind != "reconstruction":
+        raise ValueError(f"protocol must be one of reconstruction, got {protocol.name}")
+    if given.data is None:
+        raise ValueError(f"data must be given for protocol {protocol.name}: {protocol.reference}")
+    saved = load_model(given.model)
+    tokenizer = saved.tokenizer.to(harness.device).eval()
+    if not isinstance(tokenizer, ImageTokenizer) or tokenizer.image_size != protocol.image_size:
+        raise ValueError(f"model must have a tokenizer of {protocol.image_size} pixel images, got {saved.name}")
+    originals = DataPixels(open_data(given.data, protocol.image_size, tokenizer.channels), protocol.split)
+    if given.num is not None:
+        originals.count = min(originals.count, given.num)
+    partial = harness.check_count(originals.count)
+    store = ReconstructionStore(
+        out / "reconstructions", tokenizer, saved.digest, originals, protocol, given.lpips, given.batch_size
+    )
+    reference = harness.features("reference", originals)
+    harness.fill(store, originals.count, "reconstructions")
+    features = harness.features("features", store.pixels())
+    statistics = reference.statistics()
+    scores = {**store.scores(), **score(features, statistics, protocol.metrics)}
+    if harness.processes.first:
+        pairs = torch.stack([shown(originals, 32), shown(features.pixels, 32)], dim=1)
+        to_pil(grid(pairs.flatten(0, 1), 8)).save(out / "grid.png")
+    model = {"name": saved.name, "hash": saved.digest}
+    flow = {"tokenizer": str(saved.tokenizer.init_args.get("flow"))}
+    harness.conclude(out / RESULT, partial, scores, stamp_of(features, statistics, model=model, settings=flow))
+
+
+def make_reference(given: argparse.Namespace) -> None:
+    """Read a set of images once and keep its statistics and features."""
+    path = Path(given.out)
+    if path.suffix != ".npz":
+        raise ValueError(f"out must end with .npz, got {path}")
+    harness = Harness(given, path.with_suffix(""))
+    if given.images is not None:
+        pixels: Any = open_images(given.images)
+    elif given.data is not None:
+        data = open_data(given.data, harness.protocol.image_size, harness.protocol.channels)
+        pixels = DataPixels(data, given.split or harness.protocol.split)
+    else:
+        raise ValueError("data or images must be given, got neither")
+    found = harness.features("features", pixels).statistics()
+    if harness.processes.first:
+        save_statistics(path, found.moments, found.spatial, found.features, found.about)
+        print(f"{pixels.count} images, digest {found.digest}, extractor {harness.extractor.name}, saved in {path}")
+
+
+def list_protocols(given: argparse.Namespace) -> None:
+    """Print what every protocol fixes."""
+    for protocol in protocols.PROTOCOLS.values():
+        facts = [f"{name} {value}" for name, value in asdict(protocol).items() if name not in ("name", "channels")]
+        print(f"{protocol.name}\n    " + "\n    ".join(facts))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of all commands."""
+    p = OneLineParser(prog="python -m vision_ar.evaluation", description=__doc__.split("\n")[0])
+    commands = p.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
+    add_command(commands, "protocols", list_protocols)
+    for name, action in (("generate-and-score", generate_and_score), ("sweep", sweep)):
+        one = add_command(commands, name, action)
+        add_protocol(one)
+        one.add_argument("--model", required=True, help="bundled name, model folder, training run or checkpoint")
+        one.add_argument("--out", required=True, help="folder to write")
+        add_sampling_options(one)
+        one.add_argument("--seed", type=int, default=0, help="of sample 0; sample i has seed + i (default 0)")
+        one.add_argument("--dtype", choices=DTYPES, default="float32", help="of the generator (default float32)")
+        one.add_argument("--npz", action="store_true", help="also write samples.npz as the ADM evaluator reads it")
+        if action is sweep:
+            options = {action.dest: action for action in one._actions}
+            options["cfg_scale"].nargs, options["cfg_scale"].required = "+", True
+    one = add_command(commands, "score", score_images)
+    add_protocol(one)
+    one.add_argument("--images", required=True, help="folder of images, .npz in the ADM layout, or .npy")
+    one.add_argument("--out", required=True, help="JSON file to write; features are kept in a folder of that name")
+    one = add_command(commands, "reconstruct", reconstruct)
+    add_protocol(one)
+    one.add_argument("--model", required=True, help="bundled name, model folder, training run or checkpoint")
+    one.add_argument("--out", required=True, help="folder to write")
+    one.add_argument("--lpips", action="store_true", help="also LPIPS; needs VGG weights")
+    one = add_command(commands, "make-reference", make_reference)
+    add_protocol(one)
+    one.add_argument("--images", help="folder, .npz or .npy of images, in place of --data")
+    one.add_argument("--split", choices=["train", "val"], help="of --data (default: that of the protocol)")
+    one.add_argument("--out", required=True, help=".npz to write")
+    return p
+
+
+def add_command(commands: Any, name: str, action: Callable[[argparse.Namespace], Any]) -> argparse.ArgumentParser:
+    """A command whose help is the first line of its function."""
+    text = (action.__doc__ or "").split("\n")[0]
+    one = commands.add_parser(name, help=text, description=text)
+    one.set_defaults(action=action)
+    return one
+
+
+def add_protocol(p: argparse.ArgumentParser) -> None:
+    """Options of every command that scores."""
+    p.add_argument("--protocol", required=True, help="see the command protocols")
+    p.add_argument("--data", help="digits, folder of Parquet files or class folders, or YAML with a data section")
+    p.add_argument("--reference", help="statistics file, or folder, .npz or .npy of images")
+    p.add_argument("--reference-hash", metavar="DIGEST", help="refuse any other reference")
+    p.add_argument("--extractor", help="another one than the protocol's; the result says so in its protocol's name")
+    p.add_argument("--weights", help="Inception weights, .pth or .safetensors")
+    p.add_argument("--num", type=int, help="images (default: all that the protocol asks)")
+    p.add_argument("--allow-partial", action="store_true", help="score fewer images, and mark the result")
+    p.add_argument("--batch-size", type=int, default=100, help="images at a time; does not change them (default 100)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command; every error of the user is one line and exit code 2."""
+    given = parser().parse_args(args)
+    try:
+        given.action(given)
+    except USER_ERRORS as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail("stopped; the same command goes on")
+    finally:
+        Processes.leave()

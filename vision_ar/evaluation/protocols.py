@@ -1,0 +1,157 @@
+"""Protocols: everything that decides a score, under one name that a paper can cite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ADM_REFERENCE = "VIRTUAL_imagenet256_labeled.npz of the ADM evaluator: moments of the ImageNet training set"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How samples, or reconstructions, are made and judged.
+
+    Args:
+        name: as in a result.
+        kind: generation or reconstruction.
+        num_samples: images that are scored.
+        image_size: of the images when they are scored.
+        extractor: inception or an in-domain one.
+        metrics: fid, sfid, is, kid, precision_recall, accuracy; for reconstructions also psnr, ssim, usage.
+        labels: uniform (drawn at random), balanced (every class equally often), or none for reconstructions.
+        rounding: of images in [-1, 1] to pixels, see `round_pixels`.
+        resize: none (a model of another size is refused) or bicubic (of the images, before they are rounded).
+        reference: what the samples are compared with, in words.
+        split: of the data that is the reference when no file is given: train, val, or none where there must be one.
+        channels: of the images.
+        reference_digests: known digests of the reference and what each is; empty where none is known, then the digest
+            is stamped and not checked.
+        source: where the protocol is described.
+    """
+
+    name: str
+    kind: str
+    num_samples: int
+    image_size: int
+    extractor: str
+    metrics: tuple[str, ...]
+    labels: str
+    rounding: str
+    resize: str
+    reference: str
+    split: str
+    source: str
+    channels: int = 3
+    reference_digests: tuple[tuple[str, str], ...] = ()
+
+
+def imagenet(name: str, labels: str, rounding: str, metrics: tuple[str, ...], resize: str, source: str) -> Protocol:
+    """A protocol of 50,000 samples against the ADM reference."""
+    return Protocol(
+        name, "generation", 50000, 256, "inception", metrics, labels, rounding, resize, ADM_REFERENCE, "none", source
+    )
+
+
+def in_domain(name: str, extractor: str, num_samples: int, data: str, image_size: int, channels: int) -> Protocol:
+    """A protocol of a small set: its own classifier, as many samples of every class, against the validation images."""
+    metrics = ("fid", "kid", "precision_recall", "accuracy")
+    return Protocol(
+        name, "generation", num_samples, image_size, extractor, metrics, "balanced", "nearest", "none", data, "val",
+        "this project", channels,
+    )  # fmt: skip
+
+
+ADM_METRICS = ("fid", "sfid", "is", "precision_recall")
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        imagenet(
+            "adm-imagenet256", "uniform", "adm", ADM_METRICS, "bicubic",
+            "Dhariwal & Nichol 2021, evaluations; LlamaGen and D-AR sample so",
+        ),
+        imagenet(
+            "var-imagenet256", "balanced", "truncate", ADM_METRICS, "none",
+            "VAR: 50 images of every class, values in [0, 1] times 255, cut off",
+        ),
+        imagenet(
+            "mar-imagenet256", "balanced", "nearest", ("fid", "is"), "none",
+            "MAR: 50 images of every class, rounded, against the moments of the ADM reference",
+        ),
+        Protocol(
+            "recon-val50k", "reconstruction", 50000, 256, "inception", ("fid", "is", "psnr", "ssim", "usage"), "none",
+            "adm", "none", "the 50,000 validation images themselves", "val", "LlamaGen and D-AR tokenizers, rFID",
+        ),
+        Protocol(
+            "cifar10-train50k", "generation", 50000, 32, "inception", ("fid", "is", "kid", "precision_recall"),
+            "balanced", "nearest", "none", "the 50,000 training images of CIFAR-10", "train",
+            "the usual FID of CIFAR-10",
+        ),
+        Protocol(
+            "recon-cifar10", "reconstruction", 10000, 32, "cifar10", ("fid", "psnr", "ssim", "usage"), "none",
+            "nearest", "none", "the 10,000 test images of CIFAR-10 themselves", "val", "this project",
+        ),
+        in_domain("cifar10", "cifar10", 10000, "the 10,000 test images of CIFAR-10", 32, 3),
+        in_domain("cifar10-fast", "cifar10", 2000, "the 10,000 test images of CIFAR-10", 32, 3),
+        in_domain("digits-fast", "cifar10", 100, "the 297 validation digits of scikit-learn: a trial run", 8, 1),
+    )
+}  # fmt: skip
+
+
+def find_protocol(name: str) -> Protocol:
+    """The protocol of this name.
+
+    Raises:
+        ValueError: if there is none; the message lists all.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
+    return PROTOCOLS[name]
+
+
+def labels_for(rule: str, count: int, num_classes: int, seed: int) -> list[int]:
+    """Class of every sample.
+
+    Args:
+        rule: uniform or balanced.
+        count: number of samples N.
+        num_classes: of the model.
+        seed: of the uniform draw; sample i gets the same class however many there are.
+    """
+    if rule == "balanced":
+        return [i % num_classes for i in range(count)]
+    if rule == "uniform":
+        draws = torch.Generator().manual_seed(seed)
+        return torch.cat([torch.randint(num_classes, (1,), generator=draws) for _ in range(count)]).tolist()
+    raise ValueError(f"labels must be uniform or balanced, got {rule!r}")
+
+
+def round_pixels(images: Tensor, rounding: str) -> Tensor:
+    """Images in [-1, 1], any shape, to uint8 pixels.
+
+    Args:
+        images: clamped first.
+        rounding: nearest (MAR, this project), adm (127.5 x + 128, cut off: halves go up) or truncate
+            (127.5 x + 127.5, cut off, half a level darker on average; VAR).
+    """
+    shift = {"nearest": 127.5, "adm": 128.0, "truncate": 127.5}
+    if rounding not in shift:
+        raise ValueError(f"rounding must be one of {', '.join(shift)}, got {rounding!r}")
+    values = 127.5 * images.float().clamp(-1, 1) + shift[rounding]
+    return (values.round() if rounding == "nearest" else values).clamp(0, 255).to(torch.uint8)
+
+
+def fit_size(images: Tensor, size: int, resize: str) -> Tensor:
+    """Images (B, C, size, size), resized when the protocol says how.
+
+    Raises:
+        ValueError: when it does not.
+    """
+    if images.shape[-2:] == (size, size):
+        return images
+    if resize == "bicubic":  # without antialiasing, as LlamaGen shrinks 384 to 256
+        return F.interpolate(images, (size, size), mode="bicubic", align_corners=False)
+    raise ValueError(f"the model must make images of {size} pixels for this protocol, got {images.shape[-1]}")

@@ -1,0 +1,169 @@
+"""Statistics files: what a reference set leaves behind, so that its images are read once.
+
+Three kinds are read: our own (`make-reference` writes it), the ADM layout (`mu`, `sigma`, `mu_s`, `sigma_s` in an .npz)
+and the caches of torch-fidelity (`mu`, `sigma` in a .pt). Ours is the ADM layout too, with a member `about` that says
+which extractor saw which images, and with the features in an .npy beside it, for metrics that need more than moments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vision_ar.evaluation.frechet import Moments
+
+MEMBERS = ("mu", "sigma", "mu_s", "sigma_s")
+PICKLED = [np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
+"""Classes that a cache of torch-fidelity holds; nothing else is built from it."""
+
+
+@dataclass(frozen=True)
+class FixedMoments:
+    """Moments that were computed before; see `frechet.Moments`."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass
+class Statistics:
+    """A reference set as metrics see it.
+
+    Args:
+        name: for messages and reports.
+        digest: first 16 hex digits of the sha256 of the file.
+        moments: of the features.
+        spatial: of the spatial features, for sFID, or None.
+        features: all of them, (N, F), float32, memory-mapped, for KID, precision and recall, or None.
+        about: `extractor`, `weights` (its digest), `images` (digest), `count`, `height`, `width`, ...; empty for files
+            that other programs wrote.
+    """
+
+    name: str
+    digest: str
+    moments: Moments
+    spatial: Moments | None = None
+    features: np.ndarray | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def save_statistics(
+    path: str | Path,
+    moments: Moments,
+    spatial: Moments | None = None,
+    features: np.ndarray | None = None,
+    about: dict[str, Any] | None = None,
+) -> None:
+    """Write an .npz in the ADM layout, and its features beside it; each file appears whole or not at all."""
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"out must end with .npz, got {path}")
+    arrays = {"mu": moments.mean.numpy(), "sigma": moments.covariance.numpy()}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean.numpy(), "sigma_s": spatial.covariance.numpy()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if features is not None:
+        with replaced(features_path(path)) as partial:
+            np.save(partial, features)
+    with replaced(path) as partial:
+        np.savez(partial, **arrays, about=np.array(json.dumps(about or {})))  # type: ignore[arg-type]
+
+
+def load_statistics(path: str | Path) -> Statistics:
+    """Read a statistics file of any of the three kinds; nothing in it is run.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or holds no statistics.
+    """
+    path = Path(path)
+    if not path.is_file():
+        command = "python -m vision_ar.evaluation make-reference --protocol P --data DIR --out FILE.npz"
+        raise FileNotFoundError(f"reference must be a file that exists, got {path}; make one with: {command}")
+    arrays = read_cache(path) if path.suffix in (".pt", ".pth") else read_npz(path)
+    found: dict[str, FixedMoments] = {}
+    for name, mean, covariance in (("moments", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
+        if mean in arrays and covariance in arrays:
+            found[name] = checked_moments(arrays[mean], arrays[covariance], path)
+    if "moments" not in found:
+        raise ValueError(f"{path} must hold mu and sigma, got {', '.join(sorted(arrays)) or 'nothing'}")
+    about = json.loads(str(arrays["about"])) if "about" in arrays else {}
+    features = None
+    if features_path(path).is_file() and about:
+        features = np.load(features_path(path), mmap_mode="c", allow_pickle=False)
+        if features.shape != (about.get("count"), len(found["moments"].mean)):
+            raise ValueError(f"{features_path(path)} must belong to {path.name}, got another shape {features.shape}")
+    return Statistics(path.name, file_digest(path), found["moments"], found.get("spatial"), features, about)
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The small members of an .npz; images in it stay unread."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in (*MEMBERS, "about") if name in file}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} must be a whole .npz of plain arrays, got: {error}") from error
+
+
+def read_cache(path: Path) -> dict[str, np.ndarray]:
+    """What torch-fidelity cached for FID, opened weights-only."""
+    reconstruct: Any = np.zeros(0).__reduce__()[0]  # numpy moved it between releases
+    try:
+        with torch.serialization.safe_globals([reconstruct, *PICKLED]):
+            content = torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} must be a cache of torch-fidelity, it was refused: {str(error)[:80]}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a cache of torch-fidelity with mu and sigma, got a {type(content).__name__}")
+    return {name: np.asarray(content[name]) for name in ("mu", "sigma") if name in content}
+
+
+def checked_moments(mean: np.ndarray, covariance: np.ndarray, path: Path) -> FixedMoments:
+    """Moments in float64, or a ValueError that names the file."""
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(f"{path} must hold mu (F,) and sigma (F, F), got {mean.shape} and {covariance.shape}")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError(f"{path} must hold finite numbers, got some that are not")
+    return FixedMoments(torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(covariance.astype(np.float64)))
+
+
+def features_path(path: Path) -> Path:
+    """Where the features of a statistics file are."""
+    return path.with_suffix(".features.npy")
+
+
+def file_digest(path: Path) -> str:
+    """First 16 hex digits of the sha256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+class replaced:  # noqa: N801 used like a function
+    """Context in which a file is written under another name; it takes its own when the context ends well."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.partial = path, path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
+
+    def __enter__(self) -> Path:
+        """The name to write."""
+        return self.partial
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Put it in place, or remove it after an error."""
+        if kind is None:
+            os.replace(self.partial, self.path)
+        else:
+            self.partial.unlink(missing_ok=True)

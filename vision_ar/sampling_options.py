@@ -1,0 +1,43 @@
+"""Command-line options of everything that samples: guidance, filters, device."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from vision_ar.sampler.guidance import SCHEDULES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SETTINGS = ("cfg_scale", "cfg_schedule", "cfg_start", "cfg_interval", "temperature", "top_k", "top_p", "min_p")
+
+
+def add_sampling_options(p: argparse.ArgumentParser) -> None:
+    """Add the options whose defaults are those of the model."""
+    p.add_argument("--cfg-scale", type=float, help="guidance strength, 1 is off")
+    p.add_argument("--cfg-schedule", choices=SCHEDULES, help="guidance strength over the tokens")
+    p.add_argument("--cfg-start", type=float, help="strength at the first token, for linear and cosine (default 1)")
+    p.add_argument("--cfg-interval", type=float, nargs=2, metavar=("BEGIN", "END"), help="for schedule interval")
+    p.add_argument("--temperature", type=float, help="divides the logits; 0 is greedy")
+    p.add_argument("--top-k", type=int, help="keep the k most likely tokens")
+    p.add_argument("--top-p", type=float, help="keep the most likely tokens up to this probability")
+    p.add_argument("--min-p", type=float, help="keep tokens at least this share as likely as the best")
+
+
+def sampling_options(given: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given, as `pipeline.Settings` takes them."""
+    options = {name: getattr(given, name) for name in SETTINGS if getattr(given, name) is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+
+
+def pick_device(name: str) -> str:
+    """The device to use; auto takes a GPU when there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, dtype=torch.float64, device=name)  # the keyed noise is made in float64
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that this machine has, got {name}: {reason}") from error
+    return name

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.2, help="largest learning rate")
     parser.add_argument("--weight_decay", type=float, default=5e-4, help="of all weights")
     parser.add_argument("--label_smoothing", type=float, default=0.1, help="share of the target for all classes")
+    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of them")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--threads", type=int, default=1, help="CPU cores to use")
     args = parser.parse_args()
@@ -92,7 +93,7 @@ def train(classifier: SmallClassifier, pixels: Tensor, labels: Tensor, args: arg
         if progress >= 1:
             break
         optimizer.param_groups[0]["lr"] = args.lr * min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
-        images = augment(pixels[rows], generator)
+        images = augment(pixels[rows], generator, args.flip)
         # bfloat16 convolutions take half the time of float32 on a CPU that has them; losses stay float32
         with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16()):
             logits = classifier(images)
@@ -114,10 +115,12 @@ def random_rows(count: int, batch_size: int, generator: torch.Generator) -> Iter
         yield from order[: count - count % batch_size].split(batch_size)
 
 
-def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror half of the pictures and shift each by up to 4 pixels, as images in [-1, 1]."""
+def augment(pixels: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
+    """Mirror half of the pictures if asked to and shift each by up to 4 pixels, as images in [-1, 1]."""
     count, _, height, width = pixels.shape
-    images = flip_some(normalise(pixels), torch.rand(count, generator=generator))
+    images = normalise(pixels)
+    if flip:
+        images = flip_some(images, torch.rand(count, generator=generator))
     padded = F.pad(images, (PAD,) * 4, mode="reflect")
     top, left = torch.randint(2 * PAD + 1, (2, count, 1), generator=generator)
     rows, columns = top + torch.arange(height), left + torch.arange(width)

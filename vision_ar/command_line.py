@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import pickle
 import sys
+import tempfile
+from pathlib import Path
 from typing import NoReturn
 
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError, pickle.UnpicklingError)
@@ -30,3 +32,18 @@ def explain(error: BaseException | str) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_writable(out: Path) -> None:
+    """Raise when the folder cannot be made or written, before any work is done; leave nothing behind."""
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"out must be a folder that can be written, got {out}: {error.strerror}") from error
+    finally:
+        for folder in missing:
+            if folder.is_dir():
+                folder.rmdir()

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from vision_ar.command_line import USER_ERRORS, OneLineParser, fail
+from vision_ar.command_line import USER_ERRORS, OneLineParser, check_writable, fail
 from vision_ar.interfaces import ImageTokenizer
 from vision_ar.pictures import columns_for, grid, read_image, save_previews, to_pil
 from vision_ar.pipeline import Pipeline, Samples, load
@@ -135,21 +135,6 @@ def earlier_files(out: Path) -> list[Path]:
         return []
     names = [name for name in listed if isinstance(name, str) and Path(name).name == name]
     return [out / name for name in [*names, "previews.png", "previews.gif"]]
-
-
-def check_writable(out: Path) -> None:
-    """Raise when the folder cannot be made or written, before any work is done; leave nothing behind."""
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ValueError(f"out must be a folder that can be written, got {out}: {error.strerror}") from error
-    finally:
-        for folder in missing:
-            if folder.is_dir():
-                folder.rmdir()
 
 
 def parse_labels(given: Sequence[str] | None, pipe: Pipeline) -> list[int]:

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from vision_ar.checkpoints.store import load_model
-from vision_ar.command_line import USER_ERRORS, OneLineParser, fail
+from vision_ar.command_line import USER_ERRORS, OneLineParser, check_writable, fail
 from vision_ar.evaluation import protocols
 from vision_ar.evaluation.extractors import Extractor, load_extractor
 from vision_ar.evaluation.features import FeatureStore
@@ -66,6 +66,10 @@ class Harness:
     def __init__(self, given: argparse.Namespace, out: Path) -> None:
         self.processes = Processes.join()
         self.given, self.out = given, out
+        if not given.out:
+            raise ValueError("out must have a name, got an empty one")
+        if self.processes.first:
+            check_writable(out)
         self.protocol = protocols.find_protocol(given.protocol)
         if given.extractor is not None:
             self.protocol = replace(self.protocol, name=f"{self.protocol.name}+{Path(given.extractor).stem}",
@@ -161,6 +165,8 @@ def sweep(given: argparse.Namespace) -> None:
 def score_images(given: argparse.Namespace) -> None:
     """Score finished images."""
     path = Path(given.out)
+    if path.suffix != ".json":
+        raise ValueError(f"out must end with .json, got {path}")
     harness = Harness(given, path.with_suffix(""))
     pixels = open_images(given.images)
     size = harness.protocol.image_size

@@ -363,14 +363,20 @@ def test_flows_that_lead_nowhere_are_refused(settings: dict[str, Any], message: 
 
 def test_the_read_outs_of_the_anchor_are_nested_sums() -> None:
     torch.manual_seed(0)
-    anchor, conditions, images = Anchor((1, 3, 4), 32, 3, 8), torch.randn(3, 8, 32), make_images()
+    anchor, rows, images = Anchor((1, 3, 4), 4, 5, 3, 8), torch.randn(3, 8, 4), make_images()
+    cond, real = torch.randn(3, 4, 5), torch.tensor([[True] * n + [False] * (4 - n) for n in (1, 4, 3)])
     errors, read, start = [], anchor.bias, 0
     for end in (1, 4, 8):
-        told = anchor.narrow(conditions[:, start:end]).reshape(3, -1)
-        read = read + told @ anchor.weight[16 * start : 16 * end]
+        read = read + rows[:, start:end].reshape(3, -1) @ anchor.weight[4 * start : 4 * end]
         errors.append((read - images.flatten(1)).square().mean())
         start = end
-    torch.testing.assert_close(anchor(conditions, images), torch.stack(errors).mean())
+    told = torch.stack(
+        [torch.cat([row[mask], torch.zeros(4 - int(mask.sum()), 5)]) for row, mask in zip(cond, real, strict=True)]
+    )
+    of_cond = (anchor.read_cond(told.flatten(1)) - images.flatten(1)).square().mean()
+    torch.testing.assert_close(anchor(rows, cond, real, images), torch.stack(errors).mean() + of_cond)
+    whole = (anchor.read_cond(cond.flatten(1)) - images.flatten(1)).square().mean()
+    torch.testing.assert_close(anchor(rows, cond, None, images), torch.stack(errors).mean() + whole)
 
 
 def test_less_noise_at_the_start_is_scaled_noise() -> None:

@@ -96,6 +96,8 @@ PROTOCOLS = {
         ),
         in_domain("cifar10", "cifar10", 10000, "the 10,000 test images of CIFAR-10", 32, 3),
         in_domain("cifar10-fast", "cifar10", 2000, "the 10,000 test images of CIFAR-10", 32, 3),
+        in_domain("mnist", "mnist", 10000, "the 10,000 test images of MNIST", 28, 1),
+        in_domain("fashion-mnist", "fashion-mnist", 10000, "the 10,000 test images of Fashion-MNIST", 28, 1),
         in_domain("digits-fast", "cifar10", 100, "the 297 validation digits of scikit-learn: a trial run", 8, 1),
     )
 }  # fmt: skip

@@ -27,7 +27,6 @@ from vision_ar.layers.velocity import VelocityConfig, VelocityNet
 from vision_ar.quantizers.vq import VectorQuantizer
 from vision_ar.shapes import check_shape
 
-ANCHOR_WIDTH = 16  # numbers that the read-out takes from a condition vector
 QUERY_RANK = 8  # D-AR code: queries are rows of a table this wide, then projected
 QUERY_SPARE = 1024  # D-AR code: query and decoder tables have at least this many rows
 
@@ -101,9 +100,9 @@ class LossConfig:
         repa_layer: velocity block on whose input the alignment reads.
         repa_weights: file with DINOv2 ViT-B/14 weights as timm stores them.
         revive_every: batches between revivals of unused codebook rows; 0 is never, as published.
-        anchor: error of linear read-outs of the image from the condition vectors of every prefix of the groups, see
-            `Anchor`. Not published, where it is 0: it gives encoder and decoder a direct gradient, which a short
-            training needs.
+        anchor: error of linear read-outs of the image from the tokens of every prefix of the groups and from the
+            condition vectors of the drawn group, see `Anchor`. Not published, where it is 0: it gives encoder and
+            decoder a direct gradient, which a short training needs.
     """
 
     codebook: float = 1.0
@@ -188,7 +187,7 @@ class DiffusionTokenizer(ImageTokenizer):
         self.losses = losses
         self.anchor = None
         if losses.anchor > 0:
-            self.anchor = Anchor(self.group_sizes, decoder.dim, channels, image_size)
+            self.anchor = Anchor(self.group_sizes, latent_dim, decoder.dim, channels, image_size)
 
     @classmethod
     def tiny(cls) -> DiffusionTokenizer:
@@ -240,8 +239,7 @@ class DiffusionTokenizer(ImageTokenizer):
         if self.training:  # bookkeeping only: the losses are the same in both modes
             self.quantizer.track(found.tokens, latents)
         group = group_at(raw, len(self.group_sizes))
-        conditions = self.decoder(found.quantized)
-        cond, cond_mask, known = pick_groups(conditions, group, self.group_sizes)
+        cond, cond_mask, known = pick_groups(self.decoder(found.quantized), group, self.group_sizes)
         time = shift_time(raw, self.flow.time_shift)
         fade = time[:, None, None, None]
         noisy = fade * std * data + (1 - fade) * noise
@@ -255,7 +253,7 @@ class DiffusionTokenizer(ImageTokenizer):
         }
         named["loss"] = named["flow"] + weights.codebook * named["codebook"] + weights.commitment * named["commitment"]
         if self.anchor is not None:
-            named["anchor"] = self.anchor(conditions, data)
+            named["anchor"] = self.anchor(found.quantized, cond, cond_mask, data)
         named |= self.perceptual(data, (noisy + (1 - fade) * velocity) / std, features)
         for name in ("anchor", "lpips", "classifier", "repa"):
             if name in named:
@@ -368,13 +366,16 @@ class DiffusionPreview(Preview):
 
 
 class Anchor(nn.Module):
-    """Linear read-outs of the image from the condition vectors, for training only: group after group adds to it.
+    """Linear read-outs of the image from the tokens, for training only: group after group adds what it knows.
 
     The read-out after group g is the sum of one linear map for each group up to g. Every group is asked for what the
-    groups before it leave open, and the causal decoder is asked to say it in the light of those groups.
+    groups before it leave open, so that the tokens order themselves as principal components do. A second read-out, from
+    the condition vectors of one group, asks the causal decoder to gather what all groups up to there said. Nested
+    read-outs of condition vectors alone, in place of tokens, help no more than none: 9.8 against 12.7 dB on digits.
 
     Args:
         group_sizes: tokens of each group.
+        latent_dim: width of a codebook row.
         dim: width of a condition vector D.
         channels: image channels C.
         image_size: side of the images; the read-out has at most 32.
@@ -383,27 +384,31 @@ class Anchor(nn.Module):
         Own; the nesting is that of Rippel et al. 2014, arXiv 1402.0915, with all prefixes at once.
     """
 
-    def __init__(self, group_sizes: tuple[int, ...], dim: int, channels: int, image_size: int) -> None:
+    def __init__(self, group_sizes: tuple[int, ...], latent_dim: int, dim: int, channels: int, image_size: int) -> None:
         super().__init__()
         self.side = min(32, image_size)
-        self.widths = [ANCHOR_WIDTH * size for size in group_sizes]
-        pixels = channels * self.side**2
-        self.narrow = nn.Linear(dim, ANCHOR_WIDTH)
-        self.weight = nn.Parameter(0.1 * self.widths[0] ** -0.5 * torch.randn(sum(self.widths), pixels))
+        self.widths = [latent_dim * size for size in group_sizes]
+        pixels, mean_width = channels * self.side**2, sum(self.widths) / len(self.widths)
+        self.weight = nn.Parameter(0.1 * mean_width**-0.5 * torch.randn(sum(self.widths), pixels))
         self.bias = nn.Parameter(torch.zeros(pixels))
+        self.read_cond = nn.Linear(max(group_sizes) * dim, pixels)
 
-    def forward(self, conditions: Tensor, images: Tensor) -> Tensor:
-        """Mean squared error of the read-outs against the images, the mean over prefixes.
+    def forward(self, quantized: Tensor, cond: Tensor, cond_mask: Tensor | None, images: Tensor) -> Tensor:
+        """Mean squared error of the read-outs against the images, the mean over prefixes plus that of the condition.
 
         Args:
-            conditions: condition vectors of all tokens, (B, T, D).
+            quantized: codebook rows of all tokens, (B, T, C).
+            cond: condition vectors of one group, (B, S, D).
+            cond_mask: True for the real ones, (B, S), or None.
             images: (B, C, H, W).
         """
         wanted = F.adaptive_avg_pool2d(images, self.side).flatten(1)
-        parts = self.narrow(conditions).flatten(1).split(self.widths, dim=1)
-        added = torch.stack([x @ weight for x, weight in zip(parts, self.weight.split(self.widths), strict=True)])
-        read = added.float().cumsum(dim=0) + self.bias  # (K, B, pixels)
-        return (read - wanted).square().mean()
+        parts = zip(quantized.flatten(1).split(self.widths, dim=1), self.weight.split(self.widths), strict=True)
+        read = (
+            torch.stack([rows @ weight for rows, weight in parts]).float().cumsum(dim=0) + self.bias
+        )  # (K, B, pixels)
+        cond = cond if cond_mask is None else cond * cond_mask[:, :, None]
+        return (read - wanted).square().mean() + F.mse_loss(self.read_cond(cond.flatten(1)).float(), wanted)
 
 
 class PatchEncoder(nn.Module):

@@ -1,5 +1,6 @@
 """The README's commands run as they stand; the two set-up commands are run by `.ci/run`."""
 
+import json
 import re
 import shlex
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vision_ar.checkpoints.store import bundled_names
+from vision_ar.evaluation.commands import main as evaluate
 from vision_ar.pipeline import load
 from vision_ar.sample_cli import main
 
@@ -48,7 +50,7 @@ def test_the_python_example_runs() -> None:
     assert len(shown) == len(groups) and shown[0].shape == (1, 3, 32, 32)
 
 
-def test_the_training_commands_run_in_order(tmp_path) -> None:
+def test_the_training_commands_and_the_score_run_in_order(tmp_path, monkeypatch) -> None:
     commands = [shlex.split(line) for line in COMMANDS if "train.py" in line]
     assert len(commands) == 2
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
@@ -59,6 +61,10 @@ def test_the_training_commands_run_in_order(tmp_path) -> None:
         assert done.returncode == 0, done.stderr[-2000:]
     main(["--model", str(tmp_path / "runs" / "dar_digits"), "--num", "2", "--out", str(tmp_path / "digits")])
     assert (tmp_path / "digits" / "00001.png").exists()
+    monkeypatch.chdir(tmp_path)
+    (command,) = [shlex.split(line) for line in COMMANDS if "-m vision_ar.evaluation" in line]
+    evaluate([*command[3:], "--device", "cpu"])
+    assert json.loads((tmp_path / "score" / "result.json").read_text())["scores"]["fd-cifar10"] > 0
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "--help" in line])

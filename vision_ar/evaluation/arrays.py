@@ -37,6 +37,8 @@ class ArrayFolder:
         Raises:
             ValueError: if the folder was begun for something else.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         wanted = json.loads(json.dumps({**about, "count": count}))
         path = self.folder / ABOUT
         if path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -46,9 +47,10 @@ class ScoreSamples(Callback):
         batch_size: int = 100,
         weights: str | None = None,
     ) -> None:
-        for name, value in (("num_samples", num_samples), ("every_n_validations", every_n_validations)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        bounds = (("num_samples", num_samples, 2), ("every_n_validations", every_n_validations, 1))
+        for name, value, least in (*bounds, ("batch_size", batch_size, 1), ("cfg_scale", cfg_scale, 0)):
+            if not value >= least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         self.num_samples, self.cfg_scale, self.batch_size = num_samples, cfg_scale, batch_size
         self.every_n_validations = every_n_validations
         self._extractor: Extractor = load_extractor(extractor, weights)  # now, not after hours
@@ -59,6 +61,8 @@ class ScoreSamples(Callback):
         """Score the weights as they are, and the averaged ones; in the first process, while the others wait."""
         if trainer.sanity_checking or trainer.fast_dev_run or not isinstance(pl_module, GeneratorModule):  # type: ignore[attr-defined]
             return
+        if pl_module.generator.objective.steps(pl_module.generator.spec) is None:
+            return  # this objective learns to fill in, not to write
         self._validations += 1
         if self._validations % self.every_n_validations:
             return
@@ -73,8 +77,8 @@ class ScoreSamples(Callback):
         scores = {f"val/{name}": value for name, value in self._score(module, module.generator).items()}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-                averaged: Any = callback._average_model.module
-                found = self._score(module, averaged.generator)
+                averaged: Any = callback._average_model.module  # may be on another device than the run
+                found = self._score(module, copy.deepcopy(averaged.generator).to(module.device))
                 scores |= {f"val/{name}_ema": value for name, value in found.items()}
         for name, value in scores.items():
             trainer.callback_metrics[name] = torch.tensor(value)

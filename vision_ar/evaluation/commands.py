@@ -27,26 +27,31 @@ from tqdm import tqdm
 from vision_ar.checkpoints.store import load_model
 from vision_ar.command_line import USER_ERRORS, OneLineParser, check_writable, fail
 from vision_ar.evaluation import protocols
+from vision_ar.evaluation.arrays import ArrayFolder
 from vision_ar.evaluation.extractors import Extractor, load_extractor
 from vision_ar.evaluation.features import FeatureStore
-from vision_ar.evaluation.image_files import open_images, write_npz
+from vision_ar.evaluation.image_files import write_npz
 from vision_ar.evaluation.processes import Processes
 from vision_ar.evaluation.reconstruction import ReconstructionStore
-from vision_ar.evaluation.references import DataPixels, find_reference, open_data
+from vision_ar.evaluation.references import DataPixels, checked_images, find_reference, open_data
 from vision_ar.evaluation.samples import SampleStore, shown
 from vision_ar.evaluation.scoring import Result, score, stamp_of
 from vision_ar.evaluation.statistics import Statistics, save_statistics
 from vision_ar.evaluation.sweeps import write_sweep
 from vision_ar.interfaces import ImageTokenizer
 from vision_ar.pictures import columns_for, grid, to_pil
-from vision_ar.pipeline import load
+from vision_ar.pipeline import Settings, load, spread_seeds
 from vision_ar.sampling_options import DTYPES, add_sampling_options, pick_device, sampling_options
 
 RESULT = "result.json"
+LEAST = {"fid": 2, "sfid": 2, "kid": 2, "precision_recall": 4, "is": 10}
+"""Images without which a metric says nothing."""
 
 
 class Store(Protocol):
     """What is prepared by one process and filled by all."""
+
+    arrays: ArrayFolder
 
     def prepare(self) -> None:
         """Make or check the folder."""
@@ -66,15 +71,16 @@ class Harness:
     def __init__(self, given: argparse.Namespace, out: Path) -> None:
         self.processes = Processes.join()
         self.given, self.out = given, out
-        if not given.out:
-            raise ValueError("out must have a name, got an empty one")
+        for name in ("out", "images"):
+            if getattr(given, name, None) == "":
+                raise ValueError(f"{name} must have a name, got an empty one")
         if self.processes.first:
             check_writable(out)
         self.protocol = protocols.find_protocol(given.protocol)
         if given.extractor is not None:
             self.protocol = replace(self.protocol, name=f"{self.protocol.name}+{Path(given.extractor).stem}",
                                     extractor=given.extractor)  # fmt: skip
-        if given.reference_hash is not None:
+        if getattr(given, "reference_hash", None) is not None:
             self.protocol = replace(self.protocol, reference_digests=((given.reference_hash, "given"),))
         device = pick_device(given.device)
         if device == "cuda" and self.processes.world_size > 1:
@@ -83,14 +89,17 @@ class Harness:
         self.extractor: Extractor = load_extractor(self.protocol.extractor, given.weights).to(device)
         self.seconds: dict[str, float] = {}
 
-    def fill(self, store: Store, count: int, what: str) -> None:
+    def fill(self, store: Store, what: str) -> None:
         """Prepare and fill a store in all processes; the first shows a bar with images per second and time left."""
         start, processes = time.perf_counter(), self.processes
         if processes.first:
             store.prepare()
         processes.wait()
-        share = -(-count // processes.world_size)
-        with tqdm(total=share, desc=what, unit="image", disable=not processes.first or not sys.stderr.isatty()) as bar:
+        share = list(store.arrays.batches(processes.rank, processes.world_size))
+        total = sum(stop - first for first, stop, _ in share)
+        done = sum(stop - first for first, stop, ready in share if ready)
+        silent = not processes.first or not sys.stderr.isatty()
+        with tqdm(total=total, initial=done, desc=what, unit="image", disable=silent) as bar:
             store.fill(processes.rank, processes.world_size, bar.update)
         processes.wait()
         self.seconds[what] = time.perf_counter() - start
@@ -98,27 +107,35 @@ class Harness:
     def features(self, folder: str, pixels: Any) -> FeatureStore:
         """Features of images, complete."""
         store = FeatureStore(self.out / folder, pixels, self.extractor)
-        self.fill(store, pixels.count, folder)
+        self.fill(store, folder)
         return store
 
     def reference(self) -> Statistics:
         """The reference, checked."""
-        given = self.given
+        given, folder = self.given, Path(getattr(self.given, "reference_folder", self.out / "reference"))
         return find_reference(
-            given.reference, given.data, self.protocol, self.extractor, self.out / "reference",
-            lambda store: self.fill(store, store.pixels.count, "reference"),
-        )  # fmt: skip
+            given.reference,
+            given.data,
+            self.protocol,
+            self.extractor,
+            folder,
+            lambda store: self.fill(store, "reference"),
+        )
 
     def check_count(self, count: int) -> bool:
-        """True when the score is only partial, which must be allowed."""
+        """True when the score is not of as many images as the protocol asks, which must be allowed."""
         if count < 1:
             raise ValueError(f"num must be at least 1, got {count}")
-        if count < self.protocol.num_samples and not self.given.allow_partial:
+        partial = count != self.protocol.num_samples
+        if partial and not self.given.allow_partial:
             raise ValueError(
                 f"{self.protocol.name} must have {self.protocol.num_samples} images, got {count}; "
                 "--allow-partial scores them and marks the result"
             )
-        return count < self.protocol.num_samples
+        least, metric = max((LEAST[metric], metric) for metric in self.protocol.metrics if metric in LEAST)
+        if count < least:
+            raise ValueError(f"num must be at least {least} for {metric}, got {count}")
+        return partial
 
     def conclude(self, path: Path, partial: bool, scores: dict[str, float], stamp: dict[str, Any]) -> Result:
         """Save and print a result, in the first process."""
@@ -138,11 +155,13 @@ def generate_and_score(given: argparse.Namespace) -> Result:
     partial = harness.check_count(count)
     pipe = load(given.model, harness.device, DTYPES[given.dtype])
     settings = vars(pipe.settings(**sampling_options(given)))
+    spread_seeds(given.seed, count)  # they must fit
     store = SampleStore(out / "samples", pipe, protocol, settings, given.seed, count, given.batch_size)
     reference = harness.reference()  # before hours of sampling, so that a wrong one is met at once
-    harness.fill(store, count, "samples")
+    harness.fill(store, "samples")
     features = harness.features("features", store.pixels())
-    scores = score(features, reference, protocol.metrics, store.labels)
+    own_classes = len(harness.extractor.class_names) == pipe.num_classes
+    scores = score(features, reference, protocol.metrics, store.labels if own_classes else None)
     model = {"name": pipe.name, "hash": pipe.digest}
     used = {"settings": {**settings, "dtype": given.dtype}, "seed": given.seed}
     if harness.processes.first:
@@ -154,9 +173,14 @@ def generate_and_score(given: argparse.Namespace) -> Result:
 
 def sweep(given: argparse.Namespace) -> None:
     """Score a model at several guidance strengths; a table and, with matplotlib, curves."""
-    results = {}
+    folders = {f"cfg_{scale:g}": scale for scale in given.cfg_scale}
+    if len(folders) < len(given.cfg_scale):
+        raise ValueError(f"cfg-scale must be different strengths, got {' '.join(f'{s:g}' for s in given.cfg_scale)}")
     for scale in given.cfg_scale:
-        one = argparse.Namespace(**{**vars(given), "cfg_scale": scale, "out": str(Path(given.out) / f"cfg_{scale:g}")})
+        Settings(cfg_scale=scale).schedule()  # all are checked before the first is sampled
+    results, shared = {}, {**vars(given), "reference_folder": Path(given.out) / "reference"}
+    for folder, scale in folders.items():
+        one = argparse.Namespace(**{**shared, "cfg_scale": scale, "out": str(Path(given.out) / folder)})
         results[scale] = generate_and_score(one)
     if Processes.join().first:
         print(write_sweep(results, Path(given.out)))
@@ -168,11 +192,7 @@ def score_images(given: argparse.Namespace) -> None:
     if path.suffix != ".json":
         raise ValueError(f"out must end with .json, got {path}")
     harness = Harness(given, path.with_suffix(""))
-    pixels = open_images(given.images)
-    size = harness.protocol.image_size
-    if (pixels.height, pixels.width, pixels.channels) != (size, size, harness.protocol.channels):
-        found = f"{pixels.height} x {pixels.width} with {pixels.channels} channels in {pixels.name}"
-        raise ValueError(f"images must be {size} x {size} with {harness.protocol.channels} channels, got {found}")
+    pixels = checked_images(given.images, harness.protocol)
     partial = harness.check_count(pixels.count)
     reference = harness.reference()
     features = harness.features("features", pixels)
@@ -201,7 +221,7 @@ def reconstruct(given: argparse.Namespace) -> None:
         out / "reconstructions", tokenizer, saved.digest, originals, protocol, given.lpips, given.batch_size
     )
     reference = harness.features("reference", originals)
-    harness.fill(store, originals.count, "reconstructions")
+    harness.fill(store, "reconstructions")
     features = harness.features("features", store.pixels())
     statistics = reference.statistics()
     scores = {**store.scores(), **score(features, statistics, protocol.metrics)}
@@ -219,8 +239,10 @@ def make_reference(given: argparse.Namespace) -> None:
     if path.suffix != ".npz":
         raise ValueError(f"out must end with .npz, got {path}")
     harness = Harness(given, path.with_suffix(""))
+    if given.images is not None and given.data is not None:
+        raise ValueError("images must be left out beside data: only one of them can be read")
     if given.images is not None:
-        pixels: Any = open_images(given.images)
+        pixels: Any = checked_images(given.images, harness.protocol)
     elif given.data is not None:
         data = open_data(given.data, harness.protocol.image_size, harness.protocol.channels)
         pixels = DataPixels(data, given.split or harness.protocol.split)
@@ -246,7 +268,7 @@ def parser() -> argparse.ArgumentParser:
     add_command(commands, "protocols", list_protocols)
     for name, action in (("generate-and-score", generate_and_score), ("sweep", sweep)):
         one = add_command(commands, name, action)
-        add_protocol(one)
+        add_protocol(one, "reference", "num", "partial")
         one.add_argument("--model", required=True, help="bundled name, model folder, training run or checkpoint")
         one.add_argument("--out", required=True, help="folder to write")
         add_sampling_options(one)
@@ -254,14 +276,14 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--dtype", choices=DTYPES, default="float32", help="of the generator (default float32)")
         one.add_argument("--npz", action="store_true", help="also write samples.npz as the ADM evaluator reads it")
         if action is sweep:
-            options = {action.dest: action for action in one._actions}
+            options = {option.dest: option for option in one._actions}
             options["cfg_scale"].nargs, options["cfg_scale"].required = "+", True
     one = add_command(commands, "score", score_images)
-    add_protocol(one)
+    add_protocol(one, "reference", "partial")
     one.add_argument("--images", required=True, help="folder of images, .npz in the ADM layout, or .npy")
     one.add_argument("--out", required=True, help="JSON file to write; features are kept in a folder of that name")
     one = add_command(commands, "reconstruct", reconstruct)
-    add_protocol(one)
+    add_protocol(one, "num", "partial")
     one.add_argument("--model", required=True, help="bundled name, model folder, training run or checkpoint")
     one.add_argument("--out", required=True, help="folder to write")
     one.add_argument("--lpips", action="store_true", help="also LPIPS; needs VGG weights")
@@ -281,18 +303,21 @@ def add_command(commands: Any, name: str, action: Callable[[argparse.Namespace],
     return one
 
 
-def add_protocol(p: argparse.ArgumentParser) -> None:
-    """Options of every command that scores."""
+def add_protocol(p: argparse.ArgumentParser, *also: str) -> None:
+    """Options of every command that reads features, and those of the names in `also`."""
     p.add_argument("--protocol", required=True, help="see the command protocols")
-    p.add_argument("--data", help="digits, folder of Parquet files or class folders, or YAML with a data section")
-    p.add_argument("--reference", help="statistics file, or folder, .npz or .npy of images")
-    p.add_argument("--reference-hash", metavar="DIGEST", help="refuse any other reference")
     p.add_argument("--extractor", help="another one than the protocol's; the result says so in its protocol's name")
     p.add_argument("--weights", help="Inception weights, .pth or .safetensors")
-    p.add_argument("--num", type=int, help="images (default: all that the protocol asks)")
-    p.add_argument("--allow-partial", action="store_true", help="score fewer images, and mark the result")
-    p.add_argument("--batch-size", type=int, default=100, help="images at a time; does not change them (default 100)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
+    p.add_argument("--data", help="digits, folder of Parquet files or class folders, or YAML with a data section")
+    if "reference" in also:
+        p.add_argument("--reference", help="statistics file, or folder, .npz or .npy of images, in place of --data")
+        p.add_argument("--reference-hash", metavar="DIGEST", help="refuse any other reference")
+    if "num" in also:
+        p.add_argument("--num", type=int, help="images (default: all that the protocol asks)")
+        p.add_argument("--batch-size", type=int, default=100, help="images at a time (default 100)")
+    if "partial" in also:
+        p.add_argument("--allow-partial", action="store_true", help="score another number of images, marked so")
 
 
 def main(args: Sequence[str] | None = None) -> None:

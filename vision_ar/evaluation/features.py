@@ -46,7 +46,8 @@ class FeatureStore:
         }
         if extractor.spatial_dim:
             layout["spatial"] = ((extractor.spatial_dim,), np.float32)
-        about: dict[str, Any] = {"images": pixels.name, "extractor": extractor.name, "weights": extractor.digest}
+        about: dict[str, Any] = {"images": f"{pixels.name} in state {pixels.identity()}"}
+        about |= {"extractor": extractor.name, "weights": extractor.digest}
         about |= {"height": pixels.height, "width": pixels.width, "channels": pixels.channels}
         self.arrays.prepare(about, pixels.count, self.batch_size, layout)
 
@@ -56,7 +57,7 @@ class FeatureStore:
         Args:
             rank: of this process.
             world_size: number of processes.
-            advance: called with the number of images after every batch, those found done too.
+            advance: called with the number of images after every batch that was missing.
 
         Raises:
             ValueError: if a feature is not finite.
@@ -70,7 +71,7 @@ class FeatureStore:
             pixels = next(reader) if missing and start >= missing[0] else None
             if not done and pixels is not None:
                 self.arrays.write(start, self._rows(pixels))
-            advance(stop - start)
+                advance(stop - start)
 
     def _rows(self, pixels: torch.Tensor) -> dict[str, np.ndarray]:
         found = self.extractor(pixels)

@@ -72,6 +72,10 @@ class PixelSet(ABC):
     def _batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
         """As `batches`, with numbers that fit."""
 
+    @abstractmethod
+    def identity(self) -> str:
+        """What changes when the images do, found without reading them all: to know features of older ones by."""
+
     def digest(self) -> str:
         """Fingerprint of all pixels in order, whatever kind of file holds them; errors as `batches`."""
         size = max(1, CHUNK_BYTES // (self.channels * self.height * self.width))
@@ -89,6 +93,15 @@ def digest_of(hashes: np.ndarray, channels: int, height: int, width: int) -> str
     """Fingerprint of a set from the hashes of its images, (N, 32): batches may be hashed in any order and place."""
     sha = hashlib.sha256(f"{len(hashes)} {channels} {height} {width}".encode())
     sha.update(np.ascontiguousarray(hashes).data)
+    return sha.hexdigest()[:16]
+
+
+def identity_of(files: Iterable[Path]) -> str:
+    """First 16 hex digits of the sha256 of names, sizes and times of files."""
+    sha = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        sha.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return sha.hexdigest()[:16]
 
 
@@ -140,6 +153,10 @@ class ImageFiles(PixelSet):
             if number == 0:
                 self.channels, self.height, self.width = layout
             self._check_alike(path, layout)
+
+    def identity(self) -> str:
+        """Of names, sizes and times of the files."""
+        return identity_of(self.files)
 
     def _check_alike(self, path: Path, layout: tuple[int, int, int]) -> None:
         channels, height, width = layout
@@ -281,6 +298,10 @@ class NpzImages(PixelSet):
             if num_bytes != file.tell() + prod(shape):
                 raise ValueError(f"the array must have {file.tell() + prod(shape)} bytes, got {num_bytes}")
         self.count, self.height, self.width, self.channels = shape
+
+    def identity(self) -> str:
+        """Of name, size and time of the file."""
+        return identity_of([self.path])
 
     def _batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
         shape = (self.height, self.width, self.channels)

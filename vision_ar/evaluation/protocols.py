@@ -58,7 +58,8 @@ def imagenet(name: str, labels: str, rounding: str, metrics: tuple[str, ...], re
 
 def in_domain(name: str, extractor: str, num_samples: int, data: str, image_size: int, channels: int) -> Protocol:
     """A protocol of a small set: its own classifier, as many samples of every class, against the validation images."""
-    metrics = ("fid", "kid", "precision_recall", "accuracy")
+    own_classes = ("accuracy",) if extractor in name else ()
+    metrics = ("fid", "kid", "precision_recall", *own_classes)
     return Protocol(
         name, "generation", num_samples, image_size, extractor, metrics, "balanced", "nearest", "none", data, "val",
         "this project", channels,

@@ -109,7 +109,8 @@ class ReconstructionStore:
     def prepare(self) -> None:
         """Make the folder, or check that it was begun for the same images and tokenizer; by one process only."""
         spec, images = self.tokenizer.spec, self.originals
-        about = {"tokenizer": self.digest, "images": images.name, "protocol": self.protocol.name}
+        about = {"tokenizer": self.digest, "images": f"{images.name} in state {images.identity()}"}
+        about |= {"protocol": self.protocol.name}
         layout: dict[str, tuple[tuple, Any]] = {
             "pixels": ((images.height, images.width, images.channels), np.uint8),
             "psnr": ((len(spec.groups),), np.float32),
@@ -129,7 +130,7 @@ class ReconstructionStore:
             if not done:
                 (pixels,) = self.originals.batches(stop - start, start, stop)
                 self.arrays.write(start, self._rows(normalise(pixels.to(device))))
-            advance(stop - start)
+                advance(stop - start)
 
     def _rows(self, images: Tensor) -> dict[str, np.ndarray]:
         tokens = self.tokenizer.encode(images)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vision_ar.data.cache_codes import load_data
+from vision_ar.data.image_sets import MemoryImages
 from vision_ar.data.images import Digits, ImageDataModule, ImageFolder, Parquet
 from vision_ar.evaluation.extractors import Extractor
 from vision_ar.evaluation.features import FeatureStore
@@ -35,11 +38,18 @@ class DataPixels(PixelSet):
     """
 
     def __init__(self, data: ImageDataModule, split: str) -> None:
-        self._images = data.image_set(split, data.image_size)
+        self._images, self._source = data.image_set(split, data.image_size), data.source(split)
         self.name, self.lossy = f"{getattr(data, 'root', type(data).__name__)}, split {split}", False
         self.count, self.channels = len(self._images), data.channels
         self.height = self.width = data.image_size
         self._refuse_bad()
+
+    def identity(self) -> str:
+        """Of all pixels where they are in memory, else of the names of the pictures."""
+        if isinstance(self._images, MemoryImages):
+            return self.digest()
+        names = "\n".join(self._source.where(index) for index in range(self.count))
+        return hashlib.sha256(names.encode()).hexdigest()[:16]
 
     def _batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
         for first in range(start, stop, batch_size):
@@ -96,7 +106,9 @@ def find_reference(
         ValueError: if there is none, it was made with another extractor, or it is not the one of the protocol.
     """
     if reference is not None:
-        found = read_reference(reference, extractor, folder, fill)
+        if data is not None:
+            raise ValueError("data must be left out beside reference: only one of them is compared with")
+        found = read_reference(reference, protocol, extractor, folder, fill)
     elif data is None or protocol.split == "none":
         wanted = "reference" if protocol.split == "none" else "data"
         raise ValueError(f"{wanted} must be given for protocol {protocol.name}: {protocol.reference}")
@@ -113,10 +125,12 @@ def find_reference(
     return found
 
 
-def read_reference(path: str, extractor: Extractor, folder: Path, fill: Fill) -> Statistics:
+def read_reference(path: str, protocol: Protocol, extractor: Extractor, folder: Path, fill: Fill) -> Statistics:
     """A reference from a path; an .npz of the ADM evaluator has both moments and images, and both are used."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"reference must be a file or folder that exists, got {path}; see make-reference")
     if not has_moments(path):
-        return statistics_of(open_images(path), extractor, folder, fill)
+        return statistics_of(checked_images(path, protocol), extractor, folder, fill)
     found = load_statistics(path)
     made_by = (found.about.get("extractor", "inception"), found.about.get("weights", extractor.digest))
     if made_by != (extractor.name, extractor.digest):
@@ -125,9 +139,26 @@ def read_reference(path: str, extractor: Extractor, folder: Path, fill: Fill) ->
     if len(found.moments.mean) != extractor.feature_dim:
         raise ValueError(f"reference must have {extractor.feature_dim} features, {path} has {len(found.moments.mean)}")
     if found.features is None and has_images(path):
-        images = statistics_of(open_images(path), extractor, folder, fill)
+        images = statistics_of(checked_images(path, protocol), extractor, folder, fill)
         return replace(found, features=images.features)
+    size = protocol.image_size
+    if found.about and (found.about.get("height"), found.about.get("width")) != (size, size):
+        shape = f"{found.about.get('height')} x {found.about.get('width')}"
+        raise ValueError(f"reference must be of {size} x {size} images, {path} is of {shape}")
     return found
+
+
+def checked_images(path: str, protocol: Protocol) -> PixelSet:
+    """Images of the size that a protocol scores.
+
+    Raises:
+        ValueError: if they have another one.
+    """
+    pixels, size = open_images(path), protocol.image_size
+    if (pixels.height, pixels.width, pixels.channels) != (size, size, protocol.channels):
+        found = f"{pixels.height} x {pixels.width} with {pixels.channels} channels in {pixels.name}"
+        raise ValueError(f"images must be {size} x {size} with {protocol.channels} channels, got {found}")
+    return pixels
 
 
 def statistics_of(pixels: PixelSet, extractor: Extractor, folder: Path, fill: Fill) -> Statistics:
@@ -154,5 +185,5 @@ def members(path: str) -> list[str]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return list(file.files)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} must be a whole .npz file, got: {error}") from error

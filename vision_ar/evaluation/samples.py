@@ -51,6 +51,16 @@ class SampleStore:
             raise ValueError(f"protocol must be one of generation, got {protocol.name}, which is for tokenizers")
         if not isinstance(pipe.tokenizer, ImageTokenizer):
             raise ValueError(f"model must make images, got one with a {type(pipe.tokenizer).__name__}")
+        if protocol.resize == "none" and pipe.tokenizer.image_size != protocol.image_size:
+            raise ValueError(
+                f"model must make images of {protocol.image_size} pixels for protocol {protocol.name}, "
+                f"got {pipe.tokenizer.image_size}"
+            )
+        if pipe.tokenizer.channels != protocol.channels:
+            raise ValueError(
+                f"model must make images with {protocol.channels} channels for protocol {protocol.name}, "
+                f"got {pipe.tokenizer.channels}"
+            )
         self.arrays, self.pipe, self.protocol = ArrayFolder(folder), pipe, protocol
         self.settings, self.seed, self.batch_size = settings, seed, batch_size
         self.count = protocol.num_samples if num_samples is None else num_samples
@@ -70,6 +80,7 @@ class SampleStore:
         size = self.protocol.image_size
         about = {"model": self.pipe.name, "hash": self.pipe.digest, "protocol": self.protocol.name, "seed": self.seed}
         about |= {name: str(value) for name, value in self.settings.items()}
+        about["dtype"] = str(next(self.pipe.generator.parameters()).dtype).removeprefix("torch.")
         layout = {PIXELS: ((size, size, self.channels), np.uint8)}
         self.arrays.prepare(about, self.count, self.batch_size, layout)
 
@@ -89,7 +100,7 @@ class SampleStore:
                 images = fit_size(samples.images, self.protocol.image_size, self.protocol.resize)
                 pixels = round_pixels(images, self.protocol.rounding).permute(0, 2, 3, 1)
                 self.arrays.write(start, {PIXELS: pixels.cpu().numpy()})
-            advance(stop - start)
+                advance(stop - start)
 
     def pixels(self) -> PixelSet:
         """The finished samples.

@@ -97,10 +97,16 @@ def load_statistics(path: str | Path) -> Statistics:
             found[name] = checked_moments(arrays[mean], arrays[covariance], path)
     if "moments" not in found:
         raise ValueError(f"{path} must hold mu and sigma, got {', '.join(sorted(arrays)) or 'nothing'}")
-    about = json.loads(str(arrays["about"])) if "about" in arrays else {}
+    try:
+        about = json.loads(str(arrays["about"])) if "about" in arrays else {}
+    except ValueError as error:
+        raise ValueError(f"{path} must say in JSON what it is about, got: {error}") from error
     features = None
     if features_path(path).is_file() and about:
-        features = np.load(features_path(path), mmap_mode="c", allow_pickle=False)
+        try:
+            features = np.load(features_path(path), mmap_mode="c", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{features_path(path)} must be a whole .npy file, got: {error}") from error
         if features.shape != (about.get("count"), len(found["moments"].mean)):
             raise ValueError(f"{features_path(path)} must belong to {path.name}, got another shape {features.shape}")
     return Statistics(path.name, file_digest(path), found["moments"], found.get("spatial"), features, about)
@@ -121,7 +127,7 @@ def read_cache(path: Path) -> dict[str, np.ndarray]:
     try:
         with torch.serialization.safe_globals([reconstruct, *PICKLED]):
             content = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(f"{path} must be a cache of torch-fidelity, it was refused: {str(error)[:80]}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a cache of torch-fidelity with mu and sigma, got a {type(content).__name__}")

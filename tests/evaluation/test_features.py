@@ -160,14 +160,14 @@ def test_statistics_of_an_unfinished_set_are_refused(path: Path, tmp_path: Path,
 def test_a_folder_of_something_else_is_refused_with_what_differs(
     whole: FeatureStore, path: Path, tmp_path: Path, cifar10: Extractor
 ) -> None:
-    before, none, state = content(whole), "0" * 16, "state of the images [0-9a-f]{16}, got [0-9a-f]{16}"
+    before, none = content(whole), "0" * 16
     other = write(tmp_path / "other.npy", noise())
     for images, extractor, message in (
-        (other, cifar10, f"images {path}, got {other}"),
+        (other, cifar10, f"images {path}.*, got {other}.*"),
         (path, Watched(cifar10, name="pets"), "extractor cifar10, got pets"),
         (path, Watched(cifar10, digest=none), f"weights {cifar10.digest}, got {none}"),
-        (write(tmp_path / "more" / path.name, noise(COUNT + 1)), cifar10, state),
-        (write(tmp_path / "grey" / path.name, noise(channels=1)), cifar10, state),
+        (write(tmp_path / "more" / path.name, noise(COUNT + 1)), cifar10, f"images {path}.*, got {path}.*"),
+        (write(tmp_path / "grey" / path.name, noise(channels=1)), cifar10, f"images {path}.*, got {path}.*"),
     ):
         if images.parent != tmp_path:
             images = images.replace(path)

@@ -52,7 +52,7 @@ IN_DOMAIN: Any = SimpleNamespace(name="pets", score_name="fd-pets", spatial_dim=
 
 
 @pytest.mark.parametrize(
-    ("value", "nearest", "adm", "truncate"),
+    ("value", "nearest", "half_up", "truncate"),
     [
         (-1.0, 0, 0, 0),
         (-0.999, 0, 0, 0),  # level 0.1275
@@ -66,9 +66,9 @@ IN_DOMAIN: Any = SimpleNamespace(name="pets", score_name="fd-pets", spatial_dim=
         (1.0, 255, 255, 255),
     ],
 )
-def test_known_values_are_rounded_by_their_rule(value: float, nearest: int, adm: int, truncate: int) -> None:
+def test_known_values_are_rounded_by_their_rule(value: float, nearest: int, half_up: int, truncate: int) -> None:
     image = torch.tensor([value])
-    for rule, expected in (("nearest", nearest), ("adm", adm), ("truncate", truncate)):
+    for rule, expected in (("nearest", nearest), ("half_up", half_up), ("truncate", truncate)):
         assert round_pixels(image, rule).tolist() == [expected], rule
 
 
@@ -76,11 +76,11 @@ def test_halves_go_to_the_even_level_up_or_down() -> None:
     centred = torch.arange(-127, 128)
     halves, lower = centred / 127.5, centred + 127  # 127.5 x + 127.5 is lower + 0.5, without a rounding error
     assert torch.equal(round_pixels(halves, "nearest").long(), lower + lower % 2)
-    assert torch.equal(round_pixels(halves, "adm").long(), lower + 1)
+    assert torch.equal(round_pixels(halves, "half_up").long(), lower + 1)
     assert torch.equal(round_pixels(halves, "truncate").long(), lower)
 
 
-@pytest.mark.parametrize("rule", ["nearest", "adm", "truncate"])
+@pytest.mark.parametrize("rule", ["nearest", "half_up", "truncate"])
 def test_all_levels_survive_the_way_to_images_and_back(rule: str) -> None:
     pixels = LEVELS.reshape(1, 1, 16, 16)
     assert torch.equal(round_pixels(normalise(pixels), rule), pixels)
@@ -90,18 +90,18 @@ def test_images_a_little_off_their_level_lose_one_under_truncation_only() -> Non
     level = LEVELS[1:].long()
     below = (level - 0.01) / 127.5 - 1
     assert torch.equal(round_pixels(below, "truncate").long(), level - 1)
-    for rule in ("nearest", "adm"):
+    for rule in ("nearest", "half_up"):
         assert torch.equal(round_pixels(below, rule).long(), level)
 
 
 def test_truncation_is_half_a_level_darker_and_the_others_are_even_on_average() -> None:
     images = torch.linspace(-1, 1, 100_001, dtype=torch.float64)
-    for rule, expected in (("nearest", 0.0), ("adm", 0.0), ("truncate", -0.5)):
+    for rule, expected in (("nearest", 0.0), ("half_up", 0.0), ("truncate", -0.5)):
         bias = (round_pixels(images, rule).double() - (images + 1) * 127.5).mean()
         assert bias.item() == pytest.approx(expected, abs=0.01), rule
 
 
-@pytest.mark.parametrize("rule", ["nearest", "adm", "truncate"])
+@pytest.mark.parametrize("rule", ["nearest", "half_up", "truncate"])
 def test_values_out_of_range_are_clamped_and_do_not_wrap_around(rule: str) -> None:
     images = torch.tensor([-float("inf"), -3.0, -1.004, 1.004, 3.0, float("inf")])
     assert round_pixels(images, rule).tolist() == [0, 0, 0, 255, 255, 255]
@@ -109,12 +109,12 @@ def test_values_out_of_range_are_clamped_and_do_not_wrap_around(rule: str) -> No
 
 def test_half_precision_is_rounded_in_float32() -> None:
     images = torch.linspace(-1, 1, 301).to(torch.bfloat16)
-    for rule in ("nearest", "adm", "truncate"):
+    for rule in ("nearest", "half_up", "truncate"):
         assert torch.equal(round_pixels(images, rule), round_pixels(images.float(), rule))
 
 
 def test_another_rounding_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="rounding must be one of nearest, adm, truncate, got 'floor'"):
+    with pytest.raises(ValueError, match="rounding must be one of nearest, half_up, truncate, got 'floor'"):
         round_pixels(torch.zeros(1), "floor")
 
 
@@ -162,7 +162,7 @@ def test_images_are_shrunk_bicubically_without_antialiasing_when_the_protocol_sa
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 24), (24, 16)])
 def test_images_of_another_size_are_refused_when_the_protocol_resizes_none(shape: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="must make images of 16 pixels for this protocol, got .*24"):
+    with pytest.raises(ValueError, match="must make images of 16 x 16 pixels for this protocol, got .*24"):
         fit_size(torch.zeros(1, 3, *shape), 16, "none")
 
 

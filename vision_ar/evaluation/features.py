@@ -106,7 +106,13 @@ class FeatureStore:
         return digest_of(self.arrays.open("hashes"), self.pixels.channels, self.pixels.height, self.pixels.width)
 
     def statistics(self, **about: Any) -> Statistics:
-        """The set as a reference."""
+        """The set as a reference.
+
+        Raises:
+            RuntimeError: when features are missing.
+        """
+        if not self.arrays.complete:
+            raise RuntimeError(f"features in {self.arrays.folder} must be complete to be a reference; call fill")
         spatial = self.moments("spatial") if self.extractor.spatial_dim else None
         digest, record = self.digest(), self.arrays.about()
         del record["batch_size"]

@@ -56,12 +56,17 @@ def kernel_distance(samples: np.ndarray, reference: np.ndarray, subset_size: int
         reference: features, (M, F).
         subset_size: features in a subset; no more than there are.
 
+    Raises:
+        ValueError: if a set has fewer than 2 images.
+
     Source:
         Binkowski et al. 2018, section 4, with the cubic kernel; torch-fidelity computes it.
     """
     from torch_fidelity import metric_kid  # takes seconds to import
 
     size = min(subset_size, len(samples), len(reference))
+    if size < 2:
+        raise ValueError(f"the kernel distance needs at least 2 images in both sets, got {size}")
     pair = (torch.from_numpy(np.asarray(samples)), torch.from_numpy(np.asarray(reference)))
     found = metric_kid.kid_features_to_metric(*pair, kid_subset_size=size, verbose=False)
     return found[metric_kid.KEY_METRIC_KID_MEAN], found[metric_kid.KEY_METRIC_KID_STD]

@@ -71,8 +71,8 @@ PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         imagenet(
-            "adm-imagenet256", "uniform", "adm", ADM_METRICS, "bicubic",
-            "Dhariwal & Nichol 2021, evaluations; LlamaGen and D-AR sample so",
+            "adm-imagenet256", "uniform", "half_up", ADM_METRICS, "bicubic",
+            "evaluator of Dhariwal & Nichol 2021; classes and rounding as LlamaGen and D-AR have them",
         ),
         imagenet(
             "var-imagenet256", "balanced", "truncate", ADM_METRICS, "none",
@@ -84,7 +84,7 @@ PROTOCOLS = {
         ),
         Protocol(
             "recon-val50k", "reconstruction", 50000, 256, "inception", ("fid", "is", "psnr", "ssim", "usage"), "none",
-            "adm", "none", "the 50,000 validation images themselves", "val", "LlamaGen and D-AR tokenizers, rFID",
+            "half_up", "none", "the 50,000 validation images themselves", "val", "LlamaGen and D-AR tokenizers, rFID",
         ),
         Protocol(
             "cifar10-train50k", "generation", 50000, 32, "inception", ("fid", "is", "kid", "precision_recall"),
@@ -137,10 +137,10 @@ def round_pixels(images: Tensor, rounding: str) -> Tensor:
 
     Args:
         images: clamped first.
-        rounding: nearest (MAR, this project), adm (127.5 x + 128, cut off: halves go up) or truncate
-            (127.5 x + 127.5, cut off, half a level darker on average; VAR).
+        rounding: nearest (MAR, this project), half_up (127.5 x + 128, cut off; DiT, LlamaGen, D-AR) or truncate
+            (127.5 x + 127.5, cut off, half a level darker on average; the script of ADM, VAR).
     """
-    shift = {"nearest": 127.5, "adm": 128.0, "truncate": 127.5}
+    shift = {"nearest": 127.5, "half_up": 128.0, "truncate": 127.5}
     if rounding not in shift:
         raise ValueError(f"rounding must be one of {', '.join(shift)}, got {rounding!r}")
     values = 127.5 * images.float().clamp(-1, 1) + shift[rounding]
@@ -157,4 +157,5 @@ def fit_size(images: Tensor, size: int, resize: str) -> Tensor:
         return images
     if resize == "bicubic":  # without antialiasing, as LlamaGen shrinks 384 to 256
         return F.interpolate(images, (size, size), mode="bicubic", align_corners=False)
-    raise ValueError(f"the model must make images of {size} pixels for this protocol, got {images.shape[-1]}")
+    found = " x ".join(str(side) for side in images.shape[-2:])
+    raise ValueError(f"the model must make images of {size} x {size} pixels for this protocol, got {found}")

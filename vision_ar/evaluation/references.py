@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from vision_ar.evaluation.extractors import Extractor
 from vision_ar.evaluation.features import FeatureStore
 from vision_ar.evaluation.image_files import PixelSet, open_images
 from vision_ar.evaluation.protocols import Protocol
-from vision_ar.evaluation.statistics import Statistics, load_statistics
+from vision_ar.evaluation.statistics import BROKEN, Statistics, load_statistics
 
 Fill = Callable[[FeatureStore], None]
 """Prepares and fills a store, in all processes, with a progress bar."""
@@ -185,5 +184,5 @@ def members(path: str) -> list[str]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return list(file.files)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except BROKEN as error:
         raise ValueError(f"{path} must be a whole .npz file, got: {error}") from error

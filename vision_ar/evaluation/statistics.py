@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
+import tokenize
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,17 @@ from torch import Tensor
 
 from vision_ar.evaluation.frechet import Moments
 
+BROKEN = (
+    ValueError,
+    OSError,
+    EOFError,
+    TypeError,
+    NotImplementedError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What numpy and zipfile end in on a broken .npz."""
 MEMBERS = ("mu", "sigma", "mu_s", "sigma_s")
 PICKLED = [np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
 """Classes that a cache of torch-fidelity holds; nothing else is built from it."""
@@ -72,11 +84,14 @@ def save_statistics(
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean.numpy(), "sigma_s": spatial.covariance.numpy()}
     path.parent.mkdir(parents=True, exist_ok=True)
+    about = dict(about or {})
+    features_path(path).unlink(missing_ok=True)  # of an earlier file of this name
     if features is not None:
         with replaced(features_path(path)) as partial:
             np.save(partial, features)
+        about["features"] = file_digest(features_path(path))
     with replaced(path) as partial:
-        np.savez(partial, **arrays, about=np.array(json.dumps(about or {})))  # type: ignore[arg-type]
+        np.savez(partial, **arrays, about=np.array(json.dumps(about)))  # type: ignore[arg-type]
 
 
 def load_statistics(path: str | Path) -> Statistics:
@@ -101,14 +116,13 @@ def load_statistics(path: str | Path) -> Statistics:
         about = json.loads(str(arrays["about"])) if "about" in arrays else {}
     except ValueError as error:
         raise ValueError(f"{path} must say in JSON what it is about, got: {error}") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} must say in a JSON object what it is about, got a {type(about).__name__}")
     features = None
-    if features_path(path).is_file() and about:
-        try:
-            features = np.load(features_path(path), mmap_mode="c", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{features_path(path)} must be a whole .npy file, got: {error}") from error
-        if features.shape != (about.get("count"), len(found["moments"].mean)):
-            raise ValueError(f"{features_path(path)} must belong to {path.name}, got another shape {features.shape}")
+    if features_path(path).is_file() and "features" in about:
+        if file_digest(features_path(path)) != about["features"]:
+            raise ValueError(f"{features_path(path)} must be the one written with {path.name}, it was changed since")
+        features = np.load(features_path(path), mmap_mode="c", allow_pickle=False)
     return Statistics(path.name, file_digest(path), found["moments"], found.get("spatial"), features, about)
 
 
@@ -117,18 +131,20 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in (*MEMBERS, "about") if name in file}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except BROKEN as error:
         raise ValueError(f"{path} must be a whole .npz of plain arrays, got: {error}") from error
 
 
 def read_cache(path: Path) -> dict[str, np.ndarray]:
     """What torch-fidelity cached for FID, opened weights-only."""
-    reconstruct: Any = np.zeros(0).__reduce__()[0]  # numpy moved it between releases
+    reconstruct: Any = np.zeros(0).__reduce__()[0]
+    names = [f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")]  # numpy 2 moved it
     try:
-        with torch.serialization.safe_globals([reconstruct, *PICKLED]):
+        with torch.serialization.safe_globals([*((reconstruct, name) for name in names), *PICKLED]):
             content = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} must be a cache of torch-fidelity, it was refused: {str(error)[:80]}") from error
+    except Exception as error:  # the unpickler's refusals have no common base, and advise to run the file as code
+        kind = type(error).__name__
+        raise ValueError(f"{path} must be a cache of torch-fidelity, it was refused ({kind})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a cache of torch-fidelity with mu and sigma, got a {type(content).__name__}")
     return {name: np.asarray(content[name]) for name in ("mu", "sigma") if name in content}
@@ -169,7 +185,8 @@ class replaced:  # noqa: N801 used like a function
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """Put it in place, or remove it after an error."""
-        if kind is None:
-            os.replace(self.partial, self.path)
-        else:
+        try:
+            if kind is None:
+                os.replace(self.partial, self.path)
+        finally:
             self.partial.unlink(missing_ok=True)

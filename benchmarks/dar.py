@@ -30,7 +30,8 @@ import vision_ar
 from vision_ar.data.images import Parquet
 from vision_ar.evaluation.extractors import Extractor, load_extractor
 from vision_ar.evaluation.frechet import RunningMoments, frechet_distance
-from vision_ar.interfaces import ImageTokenizer, run
+from vision_ar.evaluation.likelihood import token_nats
+from vision_ar.interfaces import ImageTokenizer
 from vision_ar.pictures import grid, save_gif, to_pil, to_pixels
 from vision_ar.pipeline import Pipeline, Samples
 from vision_ar.tokenizers.diffusion import DiffusionTokenizer, FlowConfig
@@ -102,13 +103,9 @@ def previews(given: argparse.Namespace) -> None:
 
 def nats_per_image(pipe: Pipeline, data: str, count: int) -> float:
     """Negative log-likelihood of all tokens of a test image given its class, whatever their order."""
-    generator, nats, seen = pipe.generator, 0.0, 0
-    for images, labels in held_out_images(data, pipe, count):
-        tokens = pipe.tokenizer.encode(images, labels)
-        losses = run(generator.backbone, generator.heads, generator.objective.plan(tokens))
-        nats += float(losses["token_ce"]) * tokens.seq_len * len(labels)
-        seen += len(labels)
-    return nats / seen
+    batches = held_out_images(data, pipe, count)
+    nats = [token_nats(pipe.generator, pipe.tokenizer.encode(images, labels)).sum(dim=1) for images, labels in batches]
+    return float(torch.cat(nats).mean())
 
 
 def order(given: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -270,7 +270,7 @@ class Readout:
         of: row and column of each original token that is predicted, (Q, 2).
         target: what should be said, (Q, ...).
         head: name of the head that says it.
-        loss: ce, soft_ce, mse, diffusion, span_ce, pair or info_nce.
+        loss: ce, soft_ce, nll, mse, diffusion, span_ce, pair or info_nce; nll is ce without smoothing of any kind.
         weight: of this readout in the sum.
     """
 
@@ -341,6 +341,10 @@ class Objective(Recorded, ABC):
 
     def steps(self, spec: TokenSpec) -> Sequence[Step] | None:
         """The order in which a new sequence is written, or None when this objective cannot write one."""
+        return None
+
+    def likelihood(self, tokens: Tokens) -> Plan | None:
+        """The plan whose readouts, all of loss nll, sum to -log p(targets | condition), or None when there is none."""
         return None
 
     @classmethod
@@ -420,19 +424,25 @@ class Head(nn.Module, ABC):
         """New tokens from hidden vectors (Q or 2 Q, D): ids (Q,), or latents (Q, C)."""
 
 
+def readout_losses(backbone: Backbone, heads: Mapping[str, Head], plan: Plan) -> Iterator[tuple[Readout, Tensor]]:
+    """Read what a plan asks: every readout with the loss of each of its parts, (Q,), float32."""
+    inputs = plan.inputs
+    hidden = backbone(backbone.embed(inputs), backbone.place(inputs), plan.attention, cond_mask=inputs.cond_mask)
+    for readout in plan.readouts:
+        rows, columns = readout.at.unbind(-1)
+        read = hidden[rows, columns + backbone.prefix_len]  # (Q, D)
+        yield readout, heads[readout.head].loss(read, readout.target, readout.loss)
+
+
 def run(backbone: Backbone, heads: Mapping[str, Head], plan: Plan) -> dict[str, Tensor]:
     """Form the loss of a plan: the only place where losses are summed.
 
     Returns:
         `loss`, the weighted sum of the means of all readouts, and the mean of each as `<head>_<loss>`.
     """
-    inputs = plan.inputs
-    hidden = backbone(backbone.embed(inputs), backbone.place(inputs), plan.attention, cond_mask=inputs.cond_mask)
-    losses: dict[str, Tensor] = {"loss": hidden.new_zeros((), dtype=torch.float32)}
-    for readout in plan.readouts:
-        rows, columns = readout.at.unbind(-1)
-        read = hidden[rows, columns + backbone.prefix_len]  # (Q, D)
-        value = heads[readout.head].loss(read, readout.target, readout.loss).mean()
+    losses: dict[str, Tensor] = {"loss": torch.zeros((), device=plan.inputs.group.device)}
+    for readout, each in readout_losses(backbone, heads, plan):
+        value = each.mean()
         name = f"{readout.head}_{readout.loss}"
         losses[name] = losses.get(name, 0) + value
         losses["loss"] = losses["loss"] + readout.weight * value

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tests.contracts.finding import concrete
-from vision_ar.backbones.llama import Llama
+from vision_ar.backbones.llama import Llama, LlamaSize
 from vision_ar.checkpoints.store import build, describe
+from vision_ar.evaluation.likelihood import token_nats
 from vision_ar.generator import Generator
-from vision_ar.interfaces import Objective, Plan, Tokens, run
+from vision_ar.interfaces import Objective, Plan, Tokens, TokenSpec, run
 from vision_ar.objectives.block import Block
 from vision_ar.objectives.masked import Masked
 from vision_ar.objectives.multi_token import MultiToken
@@ -101,6 +102,44 @@ def test_the_steps_write_every_token_once_and_only_feed_what_is_known(objective)
 
 def test_a_described_objective_is_built_again(objective) -> None:
     assert describe(build(describe(objective), Objective)) == describe(objective)
+
+
+def test_a_likelihood_sums_to_one_over_all_sequences(objective) -> None:
+    spec = TokenSpec(4, (4,), vocab_size=3)
+    torch.manual_seed(0)
+    generator = Generator(spec, lambda spec: Llama(spec, LlamaSize("tiny"), num_classes=2), objective).eval()
+    for head in generator.heads.values():
+        torch.nn.init.normal_(head.output.weight, std=0.3)
+    ids = torch.cartesian_prod(*[torch.arange(3)] * 4)
+    tokens = Tokens.of(spec, ids=ids, labels=torch.ones(81, dtype=torch.int64))
+    if objective.likelihood(tokens) is None:
+        with pytest.raises(ValueError, match="must have a likelihood, the objective Masked has none"):
+            token_nats(generator, tokens)
+        return
+    with torch.no_grad():
+        nats = token_nats(generator, tokens)
+    assert nats.shape == (81, 4)
+    probs = (-nats.double().sum(dim=1)).exp()
+    assert float(probs.sum()) == pytest.approx(1, abs=1e-5)
+    assert float(probs.max() / probs.min()) > 2  # not the uniform law, of which this would say nothing
+
+
+def test_a_likelihood_is_the_loss_without_smoothing() -> None:
+    plain, smooth = (generator_for(NextToken(smoothing)) for smoothing in (0.0, 0.3))
+    with torch.no_grad():
+        losses = [run(g.backbone, g.heads, plan_of(g.objective, batch()))["loss"] for g in (plain, smooth)]
+        nats = [token_nats(g, batch()) for g in (plain, smooth)]
+    torch.testing.assert_close(nats[0].mean(), losses[0])
+    assert torch.equal(nats[0], nats[1]) and abs(float(losses[0] - losses[1])) > 0.01
+
+
+def test_given_tokens_count_nothing_in_a_likelihood() -> None:
+    tokens = batch()
+    tokens.given = torch.zeros(3, 8, dtype=torch.bool)
+    tokens.given[:, :3] = True
+    with torch.no_grad():
+        nats, free = (token_nats(generator_for(NextToken()), t) for t in (tokens, batch()))
+    assert not nats[:, :3].any() and torch.equal(nats[:, 3:], free[:, 3:])
 
 
 def loss_and_gradient(objective: Objective) -> tuple[float, torch.Tensor]:

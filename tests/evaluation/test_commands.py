@@ -24,11 +24,13 @@ import vision_ar
 from vision_ar.backbones.llama import Llama, LlamaSize
 from vision_ar.checkpoints.store import Description, describe, save_model
 from vision_ar.data.images import Digits
-from vision_ar.evaluation import protocols
+from vision_ar.data.pixels import normalise
+from vision_ar.evaluation import likelihood, protocols
 from vision_ar.evaluation.commands import main, parser
 from vision_ar.evaluation.extractors import ClassifierExtractor
 from vision_ar.evaluation.scoring import LIBRARIES
 from vision_ar.generator import Generator
+from vision_ar.interfaces import Tokens, run
 from vision_ar.layers.velocity import VelocityConfig
 from vision_ar.objectives.next_token import NextToken
 from vision_ar.pipeline import Pipeline, Samples
@@ -37,7 +39,7 @@ from vision_ar.tokenizers.diffusion import CoderConfig, DiffusionTokenizer
 ROOT = Path(__file__).resolve().parents[2]
 NUM = 20
 DIGITS = ("--protocol", "digits-fast", "--data", "digits", "--device", "cpu")
-COMMANDS = ("protocols", "generate-and-score", "sweep", "score", "reconstruct", "make-reference")
+COMMANDS = ("protocols", "generate-and-score", "sweep", "score", "reconstruct", "likelihood", "make-reference")
 
 
 def tiny_model(folder: Path, channels: int = 1) -> Path:
@@ -759,6 +761,63 @@ def test_reconstructions_need_a_fitting_protocol_and_enough_images(
     assert "at least 1, got 0" in refused(capsys, *args, "recon-digits", "--data", "digits", "--num", "0")
     error = refused(capsys, *args, "recon-digits", "--data", "digits", "--num", NUM, "--batch-size", "0")
     assert "batch_size must be at least 1, got 0" in error
+
+
+def test_likelihoods_go_on_and_say_what_they_are_of(model, tmp_path, capsys, monkeypatch) -> None:
+    options = ["likelihood", "--model", str(model), "--protocol", "bits-digits", "--data", "digits", "--device", "cpu"]
+    main([*options, "--out", str(tmp_path / "whole")])
+    whole = read(tmp_path / "whole" / "result.json")
+    images, labels = Digits(image_size=8, channels=1).image_set("val", 8).squares(torch.arange(297))[:2]
+    pipe = vision_ar.load(model)
+    with torch.inference_mode():
+        tokens = pipe.tokenizer.encode(normalise(images), labels)
+        plan = pipe.generator.objective.plan(tokens)
+        nats = float(run(pipe.generator.backbone, pipe.generator.heads, plan)["loss"]) * 8
+    scores = whole["scores"]
+    assert scores["token_nats_per_image"] == pytest.approx(nats, rel=1e-5)
+    assert scores["bits_per_token"] == pytest.approx(nats / 8 / np.log(2), rel=1e-5)
+    assert scores["token_bits_per_dim"] == pytest.approx(nats / 64 / np.log(2), rel=1e-5)
+    assert 0 < scores["token_nats_per_image_se"] < nats
+    assert whole["num_images"] == 297 and not whole["partial"]
+    assert whole["model"]["hash"] == pipe.digest and whole["reference"]["digest"] == whole["images"]
+
+    measured: list[int] = []
+    token_nats = likelihood.token_nats
+
+    def stops(generator: Generator, tokens: Tokens) -> torch.Tensor:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(tokens.batch_size)
+        return token_nats(generator, tokens)
+
+    monkeypatch.setattr(likelihood, "token_nats", stops)
+    assert "the same command goes on" in refused(capsys, *options, "--out", tmp_path / "cut")
+    monkeypatch.setattr(likelihood, "token_nats", lambda *a: measured.append(0) or token_nats(*a))
+    main([*options, "--out", str(tmp_path / "cut")])
+    assert len(measured) == 3  # 297 images in three batches, none twice
+    assert without_times(read(tmp_path / "cut" / "result.json")) == without_times(whole)
+
+
+def test_likelihoods_need_their_protocol_their_data_and_a_model_of_such_images(
+    model, short_reconstruction, tmp_path, capsys
+) -> None:
+    out = ("--out", tmp_path / "out", "--device", "cpu")
+    given = ("likelihood", "--model", model, *out)
+    message = refused(capsys, *given, "--protocol", "digits-fast", "--data", "digits")
+    assert "protocol must be one of likelihood, got digits-fast" in message
+    assert "data must be given for protocol bits-digits" in refused(capsys, *given, "--protocol", "bits-digits")
+    message = refused(capsys, *given, "--protocol", "bits-cifar10", "--data", "digits")
+    assert "model must have a tokenizer of 32 pixel images" in message
+    message = refused(capsys, *given, "--protocol", "bits-digits", "--data", "digits", "--num", 5)
+    assert "bits-digits must have 297 images, got 5; --allow-partial" in message
+    for number in range(3):
+        write_pngs(tmp_path / "data" / "train" / str(number), digits(0, 2))
+        write_pngs(tmp_path / "data" / "val" / str(number), digits(0, 2))
+    few = ("--data", tmp_path / "data", "--allow-partial")
+    message = refused(capsys, *given, "--protocol", "bits-digits", *few)
+    assert "data must have 10 classes, as the model has, got 3" in message
+    make = ("make-reference", "--protocol", "bits-digits", "--data", "digits", "--out", tmp_path / "r.npz")
+    assert "protocol must have an extractor, got bits-digits" in refused(capsys, *make, "--device", "cpu")
 
 
 # Several processes

@@ -4,6 +4,7 @@
     sweep --cfg-scale 1 1.5 2 3 4 ...                                 the same for several strengths: table and curve
     score --images DIR|NPZ --reference ... --protocol P --out FILE    score finished images
     reconstruct --model M --protocol P --data DIR --out DIR           a tokenizer: PSNR, SSIM, rFID, codebook
+    likelihood --model M --protocol P --data DIR --out DIR            bits of the tokens of held-out images
     make-reference --data DIR --protocol P --out FILE.npz             read a set once
     protocols                                                         what each one fixes
 
@@ -14,142 +15,38 @@ the work; the result is that of one process.
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from vision_ar.checkpoints.store import load_model
-from vision_ar.command_line import USER_ERRORS, OneLineParser, check_writable, fail
+from vision_ar.command_line import USER_ERRORS, OneLineParser, fail
 from vision_ar.evaluation import protocols
-from vision_ar.evaluation.arrays import ArrayFolder
-from vision_ar.evaluation.extractors import Extractor, load_extractor
-from vision_ar.evaluation.features import FeatureStore
+from vision_ar.evaluation.harness import Harness
 from vision_ar.evaluation.image_files import write_npz
+from vision_ar.evaluation.likelihood import LikelihoodStore
 from vision_ar.evaluation.processes import Processes
 from vision_ar.evaluation.reconstruction import ReconstructionStore
-from vision_ar.evaluation.references import DataPixels, checked_images, find_reference, open_data
+from vision_ar.evaluation.references import DataPixels, checked_images, open_data
 from vision_ar.evaluation.samples import SampleStore, shown
-from vision_ar.evaluation.scoring import Result, score, stamp_of
-from vision_ar.evaluation.statistics import Statistics, save_statistics
+from vision_ar.evaluation.scoring import Result, score, stamp, stamp_of
+from vision_ar.evaluation.statistics import save_statistics
 from vision_ar.evaluation.sweeps import write_sweep
 from vision_ar.interfaces import ImageTokenizer
 from vision_ar.pictures import columns_for, grid, to_pil
 from vision_ar.pipeline import Settings, load, spread_seeds
-from vision_ar.sampling_options import DTYPES, add_sampling_options, pick_device, sampling_options
+from vision_ar.sampling_options import DTYPES, add_sampling_options, sampling_options
 
 RESULT = "result.json"
-LEAST = {"fid": 2, "sfid": 2, "kid": 2, "precision_recall": 4, "is": 10}
-"""Images without which a metric says nothing."""
-
-
-class Store(Protocol):
-    """What is prepared by one process and filled by all."""
-
-    arrays: ArrayFolder
-
-    def prepare(self) -> None:
-        """Make or check the folder."""
-
-    def fill(self, rank: int, world_size: int, advance: Callable[[int], Any]) -> None:
-        """Do this process's share."""
-
-
-class Harness:
-    """What all commands share: protocol, extractor, reference, processes and bars.
-
-    Args:
-        given: arguments of the command.
-        out: folder of the features.
-    """
-
-    def __init__(self, given: argparse.Namespace, out: Path) -> None:
-        self.processes = Processes.join()
-        self.given, self.out = given, out
-        for name in ("out", "images"):
-            if getattr(given, name, None) == "":
-                raise ValueError(f"{name} must have a name, got an empty one")
-        if self.processes.first:
-            check_writable(out)
-        self.protocol = protocols.find_protocol(given.protocol)
-        if given.extractor is not None:
-            self.protocol = replace(self.protocol, name=f"{self.protocol.name}+{Path(given.extractor).stem}",
-                                    extractor=given.extractor)  # fmt: skip
-        if getattr(given, "reference_hash", None) is not None:
-            self.protocol = replace(self.protocol, reference_digests=((given.reference_hash, "given"),))
-        device = pick_device(given.device)
-        if device == "cuda" and self.processes.world_size > 1:
-            device = f"cuda:{self.processes.local_rank}"
-        self.device = device
-        self.extractor: Extractor = load_extractor(self.protocol.extractor, given.weights).to(device)
-        self.seconds: dict[str, float] = {}
-
-    def fill(self, store: Store, what: str) -> None:
-        """Prepare and fill a store in all processes; the first shows a bar with images per second and time left."""
-        start, processes = time.perf_counter(), self.processes
-        if processes.first:
-            store.prepare()
-        processes.wait()
-        share = list(store.arrays.batches(processes.rank, processes.world_size))
-        total = sum(stop - first for first, stop, _ in share)
-        done = sum(stop - first for first, stop, ready in share if ready)
-        silent = not processes.first or not sys.stderr.isatty()
-        with tqdm(total=total, initial=done, desc=what, unit="image", disable=silent) as bar:
-            store.fill(processes.rank, processes.world_size, bar.update)
-        processes.wait()
-        self.seconds[what] = time.perf_counter() - start
-
-    def features(self, folder: str, pixels: Any) -> FeatureStore:
-        """Features of images, complete."""
-        store = FeatureStore(self.out / folder, pixels, self.extractor)
-        self.fill(store, folder)
-        return store
-
-    def reference(self) -> Statistics:
-        """The reference, checked."""
-        given, folder = self.given, Path(getattr(self.given, "reference_folder", self.out / "reference"))
-        return find_reference(
-            given.reference,
-            given.data,
-            self.protocol,
-            self.extractor,
-            folder,
-            lambda store: self.fill(store, "reference"),
-        )
-
-    def check_count(self, count: int) -> bool:
-        """True when the score is not of as many images as the protocol asks, which must be allowed."""
-        if count < 1:
-            raise ValueError(f"num must be at least 1, got {count}")
-        partial = count != self.protocol.num_samples
-        if partial and not self.given.allow_partial:
-            raise ValueError(
-                f"{self.protocol.name} must have {self.protocol.num_samples} images, got {count}; "
-                "--allow-partial scores them and marks the result"
-            )
-        least, metric = max((LEAST[metric], metric) for metric in self.protocol.metrics if metric in LEAST)
-        if count < least:
-            raise ValueError(f"num must be at least {least} for {metric}, got {count}")
-        return partial
-
-    def conclude(self, path: Path, partial: bool, scores: dict[str, float], stamp: dict[str, Any]) -> Result:
-        """Save and print a result, in the first process."""
-        result = Result(self.protocol, partial, scores, {**stamp, "seconds": self.seconds})
-        if self.processes.first:
-            result.save(path)
-            print(f"{result.table()}\nsaved in {path}")
-        return result
 
 
 def generate_and_score(given: argparse.Namespace) -> Result:
     """Sample what a protocol asks, score it, save all."""
     out = Path(given.out)
-    harness = Harness(given, out)
+    harness = Harness(given, out, "generation")
     protocol = harness.protocol
     count = protocol.num_samples if given.num is None else given.num
     partial = harness.check_count(count)
@@ -203,19 +100,11 @@ def score_images(given: argparse.Namespace) -> None:
 def reconstruct(given: argparse.Namespace) -> None:
     """Encode and decode a set, compare it with itself."""
     out = Path(given.out)
-    harness = Harness(given, out)
+    harness = Harness(given, out, "reconstruction")
     protocol = harness.protocol
-    if protocol.kind != "reconstruction":
-        raise ValueError(f"protocol must be one of reconstruction, got {protocol.name}")
-    if given.data is None:
-        raise ValueError(f"data must be given for protocol {protocol.name}: {protocol.reference}")
     saved = load_model(given.model)
-    tokenizer = saved.tokenizer.to(harness.device).eval()
-    if not isinstance(tokenizer, ImageTokenizer) or tokenizer.image_size != protocol.image_size:
-        raise ValueError(f"model must have a tokenizer of {protocol.image_size} pixel images, got {saved.name}")
-    originals = DataPixels(open_data(given.data, protocol.image_size, tokenizer.channels), protocol.split)
-    if given.num is not None:
-        originals.count = min(originals.count, given.num)
+    tokenizer: Any = saved.tokenizer.to(harness.device).eval()
+    originals = given_images(given, protocol, tokenizer, saved.name)
     partial = harness.check_count(originals.count)
     store = ReconstructionStore(
         out / "reconstructions", tokenizer, saved.digest, originals, protocol, given.lpips, given.batch_size
@@ -231,6 +120,38 @@ def reconstruct(given: argparse.Namespace) -> None:
     model = {"name": saved.name, "hash": saved.digest}
     flow = {"tokenizer": str(saved.tokenizer.init_args.get("flow"))}
     harness.conclude(out / RESULT, partial, scores, stamp_of(features, statistics, model=model, settings=flow))
+
+
+def likelihood(given: argparse.Namespace) -> None:
+    """Measure how likely a model holds the tokens of held-out images."""
+    out = Path(given.out)
+    harness = Harness(given, out, "likelihood")
+    protocol = harness.protocol
+    pipe = load(given.model, harness.device, DTYPES[given.dtype])
+    originals = given_images(given, protocol, pipe.tokenizer, pipe.name)
+    partial = harness.check_count(originals.count)
+    store = LikelihoodStore(out / "likelihood", pipe, originals, protocol, given.batch_size)
+    harness.fill(store, "likelihood")
+    about = {"name": originals.name, "digest": store.digest()}
+    model = {"name": pipe.name, "hash": pipe.digest}
+    used = {"model": model, "settings": {"dtype": given.dtype}}
+    harness.conclude(out / RESULT, partial, store.scores(), stamp(originals.count, store.digest(), about, **used))
+
+
+def given_images(given: argparse.Namespace, protocol: protocols.Protocol, tokenizer: Any, model: str) -> DataPixels:
+    """The images of a protocol that a tokenizer is to read, at most --num of them.
+
+    Raises:
+        ValueError: if there are none, or the tokenizer reads others.
+    """
+    if given.data is None:
+        raise ValueError(f"data must be given for protocol {protocol.name}: {protocol.reference}")
+    if not isinstance(tokenizer, ImageTokenizer) or tokenizer.image_size != protocol.image_size:
+        raise ValueError(f"model must have a tokenizer of {protocol.image_size} pixel images, got {model}")
+    originals = DataPixels(open_data(given.data, protocol.image_size, tokenizer.channels), protocol.split)
+    if given.num is not None:
+        originals.count = min(originals.count, given.num)
+    return originals
 
 
 def make_reference(given: argparse.Namespace) -> None:
@@ -268,7 +189,7 @@ def parser() -> argparse.ArgumentParser:
     add_command(commands, "protocols", list_protocols)
     for name, action in (("generate-and-score", generate_and_score), ("sweep", sweep)):
         one = add_command(commands, name, action)
-        add_protocol(one, "reference", "num", "partial")
+        add_protocol(one, "extractor", "reference", "num", "partial")
         one.add_argument("--model", required=True, help="bundled name, model folder, training run or checkpoint")
         one.add_argument("--out", required=True, help="folder to write")
         add_sampling_options(one)
@@ -279,16 +200,21 @@ def parser() -> argparse.ArgumentParser:
             options = {option.dest: option for option in one._actions}
             options["cfg_scale"].nargs, options["cfg_scale"].required = "+", True
     one = add_command(commands, "score", score_images)
-    add_protocol(one, "reference", "partial")
+    add_protocol(one, "extractor", "reference", "partial")
     one.add_argument("--images", required=True, help="folder of images, .npz in the ADM layout, or .npy")
     one.add_argument("--out", required=True, help="JSON file to write; features are kept in a folder of that name")
     one = add_command(commands, "reconstruct", reconstruct)
-    add_protocol(one, "num", "partial")
+    add_protocol(one, "extractor", "num", "partial")
     one.add_argument("--model", required=True, help="bundled name, model folder, training run or checkpoint")
     one.add_argument("--out", required=True, help="folder to write")
     one.add_argument("--lpips", action="store_true", help="also LPIPS; needs VGG weights")
+    one = add_command(commands, "likelihood", likelihood)
+    add_protocol(one, "num", "partial")
+    one.add_argument("--model", required=True, help="bundled name, model folder, training run or checkpoint")
+    one.add_argument("--out", required=True, help="folder to write")
+    one.add_argument("--dtype", choices=DTYPES, default="float32", help="of the generator (default float32)")
     one = add_command(commands, "make-reference", make_reference)
-    add_protocol(one)
+    add_protocol(one, "extractor")
     one.add_argument("--images", help="folder, .npz or .npy of images, in place of --data")
     one.add_argument("--split", choices=["train", "val"], help="of --data (default: that of the protocol)")
     one.add_argument("--out", required=True, help=".npz to write")
@@ -304,10 +230,11 @@ def add_command(commands: Any, name: str, action: Callable[[argparse.Namespace],
 
 
 def add_protocol(p: argparse.ArgumentParser, *also: str) -> None:
-    """Options of every command that reads features, and those of the names in `also`."""
+    """Options of every command that follows a protocol, and those of the names in `also`."""
     p.add_argument("--protocol", required=True, help="see the command protocols")
-    p.add_argument("--extractor", help="another one than the protocol's; the result says so in its protocol's name")
-    p.add_argument("--weights", help="Inception weights, .pth or .safetensors")
+    if "extractor" in also:
+        p.add_argument("--extractor", help="another one than the protocol's; the result says so in its protocol's name")
+        p.add_argument("--weights", help="Inception weights, .pth or .safetensors")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
     p.add_argument("--data", help="digits, folder of Parquet files or class folders, or YAML with a data section")
     if "reference" in also:

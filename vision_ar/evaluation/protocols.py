@@ -17,13 +17,13 @@ class Protocol:
 
     Args:
         name: as in a result.
-        kind: generation or reconstruction.
+        kind: generation, reconstruction or likelihood.
         num_samples: images that are scored.
         image_size: of the images when they are scored.
-        extractor: inception or an in-domain one.
-        metrics: fid, sfid, is, kid, precision_recall, accuracy; for reconstructions also psnr, ssim, usage.
-        labels: uniform (drawn at random), balanced (every class equally often), or none for reconstructions.
-        rounding: of images in [-1, 1] to pixels, see `round_pixels`.
+        extractor: inception, an in-domain one, or none for likelihoods.
+        metrics: fid, sfid, is, kid, precision_recall, accuracy; for reconstructions also psnr, ssim, usage; bits.
+        labels: uniform (drawn at random), balanced (every class equally often), or none where images are given.
+        rounding: of images in [-1, 1] to pixels, see `round_pixels`; none where no image is made.
         resize: none (a model of another size is refused) or bicubic (of the images, before they are rounded).
         reference: what the samples are compared with, in words.
         split: of the data that is the reference when no file is given: train, val, or none where there must be one.
@@ -66,6 +66,14 @@ def in_domain(name: str, extractor: str, num_samples: int, data: str, image_size
     )  # fmt: skip
 
 
+def bits(name: str, num_images: int, data: str, image_size: int, channels: int = 3) -> Protocol:
+    """A protocol of likelihoods: the validation images of a set, as the data module cuts them."""
+    return Protocol(
+        name, "likelihood", num_images, image_size, "none", ("bits",), "none", "none", "none", data, "val",
+        "this project", channels,
+    )  # fmt: skip
+
+
 ADM_METRICS = ("fid", "sfid", "is", "precision_recall")
 PROTOCOLS = {
     protocol.name: protocol
@@ -99,6 +107,9 @@ PROTOCOLS = {
         in_domain("cifar10-fast", "cifar10", 2000, "the 10,000 test images of CIFAR-10", 32, 3),
         in_domain("mnist", "mnist", 10000, "the 10,000 test images of MNIST", 28, 1),
         in_domain("fashion-mnist", "fashion-mnist", 10000, "the 10,000 test images of Fashion-MNIST", 28, 1),
+        bits("bits-imagenet256", 50000, "the 50,000 validation images of ImageNet", 256),
+        bits("bits-cifar10", 10000, "the 10,000 test images of CIFAR-10", 32),
+        bits("bits-digits", 297, "the 297 validation digits of scikit-learn: a trial run", 8, 1),
         in_domain("digits-fast", "cifar10", 100, "the 297 validation digits of scikit-learn: a trial run", 8, 1),
     )
 }  # fmt: skip

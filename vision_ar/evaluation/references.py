@@ -41,6 +41,7 @@ class DataPixels(PixelSet):
         self.name, self.lossy = f"{getattr(data, 'root', type(data).__name__)}, split {split}", False
         self.count, self.channels = len(self._images), data.channels
         self.height = self.width = data.image_size
+        self.num_classes = data.num_classes
         self._refuse_bad()
 
     def identity(self) -> str:
@@ -50,12 +51,16 @@ class DataPixels(PixelSet):
         names = "\n".join(self._source.where(index) for index in range(self.count))
         return hashlib.sha256(names.encode()).hexdigest()[:16]
 
+    def labelled(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Pixels (B, C, H, W), uint8, and class ids (B,) of some images."""
+        pixels, labels, bad = self._images.squares(torch.arange(start, stop))
+        self._images.report(bad)
+        self._refuse_bad()
+        return pixels, labels
+
     def _batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
         for first in range(start, stop, batch_size):
-            pixels, _, bad = self._images.squares(torch.arange(first, min(first + batch_size, stop)))
-            self._images.report(bad)
-            self._refuse_bad()
-            yield pixels
+            yield self.labelled(first, min(first + batch_size, stop))[0]
 
     def _refuse_bad(self) -> None:
         for path, reason in self._images.bad.items():

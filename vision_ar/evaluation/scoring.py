@@ -119,12 +119,18 @@ def class_accuracy(logits: np.ndarray, labels: Sequence[int]) -> float:
 def stamp_of(samples: FeatureStore, reference: Statistics, **more: Any) -> dict[str, Any]:
     """Everything that decided a score beside the protocol."""
     extractor = samples.extractor
+    judged = {"name": extractor.name, "weights": extractor.digest, "accuracy": extractor.accuracy}
+    compared = {"name": reference.name, "digest": reference.digest, **reference.about}
+    return stamp(samples.pixels.count, samples.digest(), compared, extractor=judged, **more)
+
+
+def stamp(num_images: int, images: str, reference: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The same without features: number and digest of the images, what they are compared with, and versions."""
     return {
         **more,
-        "num_images": samples.pixels.count,
-        "images": samples.digest(),
-        "reference": {"name": reference.name, "digest": reference.digest, **reference.about},
-        "extractor": {"name": extractor.name, "weights": extractor.digest, "accuracy": extractor.accuracy},
+        "num_images": num_images,
+        "images": images,
+        "reference": reference,
         "versions": {name: version_of(name) for name in LIBRARIES},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

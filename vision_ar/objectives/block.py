@@ -6,7 +6,7 @@ import torch
 
 from vision_ar.interfaces import AttentionPattern, Head, Objective, Plan, Step, Tokens, TokenSpec
 from vision_ar.objectives.heads import TokenHead
-from vision_ar.objectives.readouts import readout
+from vision_ar.objectives.readouts import exact, readout
 
 
 class Block(Objective):
@@ -43,6 +43,10 @@ class Block(Objective):
         block = torch.arange(inputs.seq_len, device=of.device) // self.size
         pattern = AttentionPattern("block", group=block.expand(tokens.batch_size, -1))
         return Plan(inputs, pattern, [readout(tokens, at, of)])
+
+    def likelihood(self, tokens: Tokens) -> Plan:
+        """The same plan: tokens of a block are independent given all blocks before."""
+        return exact(self.plan(tokens))
 
     def steps(self, spec: TokenSpec) -> list[Step]:
         """One block after the other."""

@@ -32,7 +32,8 @@ class TokenHead(Head):
         return draw.choose(self(hidden))
 
     def loss(self, hidden: Tensor, target: Tensor, kind: str) -> Tensor:
-        """Cross-entropy with ids (Q,) for ce, with laws (Q, V) for soft_ce."""
-        if kind not in ("ce", "soft_ce"):
-            raise ValueError(f"loss of a TokenHead must be ce or soft_ce, got {kind!r}")
-        return F.cross_entropy(self(hidden), target, reduction="none", label_smoothing=self.label_smoothing)
+        """Cross-entropy with ids (Q,) for ce and nll (never smoothed), with laws (Q, V) for soft_ce."""
+        if kind not in ("ce", "soft_ce", "nll"):
+            raise ValueError(f"loss of a TokenHead must be ce, soft_ce or nll, got {kind!r}")
+        smoothing = 0.0 if kind == "nll" else self.label_smoothing
+        return F.cross_entropy(self(hidden), target, reduction="none", label_smoothing=smoothing)

@@ -49,6 +49,10 @@ class MultiToken(Objective):
             readouts.append(readout(tokens, at, of, head=name, weight=self.weight if n else 1.0))
         return Plan(tokens.columns(0, tokens.seq_len - 1), AttentionPattern(), readouts)
 
+    def likelihood(self, tokens: Tokens) -> Plan:
+        """That of the first head."""
+        return NextToken().likelihood(tokens)
+
     def steps(self, spec: TokenSpec) -> list[Step]:
         """One token after the other."""
         return NextToken().steps(spec)

@@ -6,7 +6,7 @@ import torch
 
 from vision_ar.interfaces import AttentionPattern, Head, Objective, Plan, Step, Tokens, TokenSpec
 from vision_ar.objectives.heads import TokenHead
-from vision_ar.objectives.readouts import readout
+from vision_ar.objectives.readouts import exact, readout
 
 
 class NextToken(Objective):
@@ -33,6 +33,10 @@ class NextToken(Objective):
         of = tokens.is_target().nonzero()
         at = of - of.new_tensor([0, 1])
         return Plan(tokens.columns(0, tokens.seq_len - 1), AttentionPattern(), [readout(tokens, at, of)])
+
+    def likelihood(self, tokens: Tokens) -> Plan:
+        """The same plan: each law is conditioned on all tokens before."""
+        return exact(self.plan(tokens))
 
     def steps(self, spec: TokenSpec) -> list[Step]:
         """One token after the other."""

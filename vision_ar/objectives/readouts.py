@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from vision_ar.interfaces import Readout, Tokens
+from vision_ar.interfaces import Plan, Readout, Tokens
 
 
 def readout(tokens: Tokens, at: Tensor, of: Tensor, head: str = "token", weight: float = 1.0) -> Readout:
@@ -12,3 +14,8 @@ def readout(tokens: Tokens, at: Tensor, of: Tensor, head: str = "token", weight:
     if tokens.ids is None:
         raise ValueError("this objective needs discrete tokens, got tokens without ids")
     return Readout(at, of, tokens.ids[of[:, 0], of[:, 1]], head=head, weight=weight)
+
+
+def exact(plan: Plan) -> Plan:
+    """The same plan, measured as a likelihood: without smoothing and weights."""
+    return replace(plan, readouts=[replace(one, loss="nll", weight=1.0) for one in plan.readouts])

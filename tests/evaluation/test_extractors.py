@@ -5,8 +5,6 @@ What random weights cannot show is that the official file fits: it is read by th
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,41 +24,9 @@ from vision_ar.layers.classifier import SmallClassifier, load_classifier, save_c
 torch.set_num_threads(1)
 
 
-class Untrained(FeatureExtractorInceptionV3):
-    """Inception with the weights it was built with; the original has no way to be built without a file."""
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        return None
-
-
-def random_inception(seed: int) -> dict[str, Tensor]:
-    """Weights that keep the size of activations over all layers, so that features differ between images."""
-    empty = io.BytesIO()
-    torch.save({}, empty)
-    empty.seek(0)
-    generator = torch.Generator().manual_seed(seed)
-    weights = Untrained("untrained", ["2048"], empty).state_dict()
-    for name, value in weights.items():
-        if value.dim() == 4:
-            value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=generator)
-        elif name.endswith(("bn.weight", "running_var")):
-            value.uniform_(0.8, 1.2, generator=generator)
-        elif value.is_floating_point():
-            value.normal_(0, 0.1, generator=generator)
-    return weights
-
-
 @pytest.fixture(scope="session")
-def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(random_inception(0), path)
-    yield path
-    path.unlink()  # 95 MB
-
-
-@pytest.fixture(scope="session")
-def inception(inception_file: Path) -> Extractor:
-    return load_extractor("inception", inception_file)
+def inception(inception_weights: Path) -> Extractor:
+    return load_extractor("inception", inception_weights)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +63,8 @@ class Evil:
         return Path("pwned").write_text, ("",)
 
 
-def test_inception_features_are_those_of_torch_fidelity(inception: Extractor, inception_file: Path) -> None:
-    direct = FeatureExtractorInceptionV3("direct", ["2048", "logits_unbiased", "logits"], str(inception_file))
+def test_inception_features_are_those_of_torch_fidelity(inception: Extractor, inception_weights: Path) -> None:
+    direct = FeatureExtractorInceptionV3("direct", ["2048", "logits_unbiased", "logits"], str(inception_weights))
     pixels = noise(3)
     features, unbiased, biased = direct(pixels)
     found = inception(pixels)
@@ -111,9 +77,9 @@ def test_inception_features_are_those_of_torch_fidelity(inception: Extractor, in
 
 
 def test_spatial_features_are_seven_channels_of_the_branch_in_rows_columns_channels(
-    inception: Extractor, inception_file: Path
+    inception: Extractor, inception_weights: Path
 ) -> None:
-    direct = FeatureExtractorInceptionV3("direct", ["2048"], str(inception_file))
+    direct = FeatureExtractorInceptionV3("direct", ["2048"], str(inception_weights))
     inputs: list[Tensor] = []
     direct.Mixed_6d.register_forward_hook(lambda _module, args, _output: inputs.append(args[0]))
     pixels = noise(2)
@@ -138,8 +104,10 @@ def test_an_image_has_the_same_features_in_any_batch_and_leaves_nothing_behind(i
     assert not any(module._forward_hooks for module in inception.modules())
 
 
-def test_digest_names_the_weights_and_not_their_file(inception: Extractor, tmp_path: Path) -> None:
-    weights, path = random_inception(0), tmp_path / "copy.safetensors"
+def test_digest_names_the_weights_and_not_their_file(
+    inception: Extractor, inception_weights: Path, tmp_path: Path
+) -> None:
+    weights, path = torch.load(inception_weights, weights_only=True), tmp_path / "copy.safetensors"
     save_file({name: value for name, value in weights.items() if "num_batches" not in name}, path)
     assert load_extractor("inception", path).digest == inception.digest
     assert len(inception.digest) == 16 and int(inception.digest, 16) >= 0
@@ -171,11 +139,11 @@ def test_digest_sees_values_shapes_types_and_names() -> None:
 
 
 def test_weights_in_the_cache_of_torch_hub_need_no_path(
-    inception: Extractor, inception_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inception: Extractor, inception_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth").symlink_to(inception_file)
+    (tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth").symlink_to(inception_weights)
     assert load_extractor("inception").digest == inception.digest
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from vision_ar.checkpoints.store import SavedModel, load_model
 from vision_ar.generator import Generator
 from vision_ar.interfaces import FREE, Tokenizer, Tokens
+from vision_ar.layers.packed import pack
 from vision_ar.sampler.engine import Condition, Event, Session, stream
 from vision_ar.sampler.guidance import CfgSchedule, cfg_schedule
 from vision_ar.sampler.logits import Law
@@ -114,6 +115,7 @@ class Pipeline:
         self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
         self.class_names, self.name, self.digest = list(class_names), name, digest
         self.defaults = dict(defaults or {})
+        self.quantize: str | None = None
 
     @property
     def num_classes(self) -> int:
@@ -130,6 +132,26 @@ class Pipeline:
         self.tokenizer.to(device)
         self.generator.to(device, dtype)
         return self
+
+    def prepare(self, quantize: str | None = None) -> Pipeline:
+        """Lay the generator's weights out for sampling where it is; it can then neither be trained nor moved.
+
+        Args:
+            quantize: int8 for weights of 8 bits, on a CPU only; None keeps their dtype.
+
+        Raises:
+            ValueError: for another kind, or on another device.
+        """
+        if quantize is not None and self.device.type != "cpu":
+            raise ValueError(f"quantize must be left out on {self.device.type}, got {quantize}: only a CPU has it")
+        pack(self.generator, quantize)
+        self.quantize = quantize
+        return self
+
+    def weights(self) -> dict[str, Any]:
+        """How the generator's weights are held: what decides rounding beside the settings."""
+        dtype = next(self.generator.parameters()).dtype
+        return {"dtype": str(dtype).removeprefix("torch."), "quantize": self.quantize}
 
     def settings(self, **given: Any) -> Settings:
         """Settings of a call: what is given, else the model's defaults, checked."""
@@ -258,13 +280,19 @@ def spread_seeds(seed: int | Sequence[int], count: int) -> list[int]:
     return seeds
 
 
-def load(source: str | Path | SavedModel, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
-    """Open a model for sampling.
+def load(
+    source: str | Path | SavedModel,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantize: str | None = None,
+) -> Pipeline:
+    """Open a model for sampling; `checkpoints.store.load_model` opens one that can be trained.
 
     Args:
         source: bundled name, model folder, training run or checkpoint file.
         device: where to.
         dtype: of the generator.
+        quantize: see `Pipeline.prepare`.
 
     Raises:
         FileNotFoundError: when there is no such model.
@@ -277,4 +305,4 @@ def load(source: str | Path | SavedModel, device: str = "cpu", dtype: torch.dtyp
     pipe = Pipeline(
         saved.tokenizer, saved.generator, described.class_names, described.sampling, saved.name, saved.digest
     )
-    return pipe.to(device, dtype)
+    return pipe.to(device, dtype).prepare(quantize)

@@ -20,7 +20,13 @@ from vision_ar.interfaces import ImageTokenizer
 from vision_ar.pictures import columns_for, grid, read_image, save_previews, to_pil
 from vision_ar.pipeline import Pipeline, Samples, load
 from vision_ar.sampler.engine import Event
-from vision_ar.sampling_options import DTYPES, add_sampling_options, pick_device, sampling_options
+from vision_ar.sampling_options import (
+    add_sampling_options,
+    add_weight_options,
+    pick_device,
+    sampling_options,
+    weight_options,
+)
 
 DEFAULT_MODEL = "cifar10-dar"
 
@@ -41,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=int, default=64, help="images at a time; does not change them (default 64)")
     p.add_argument("--out", type=Path, default=Path("samples"), help="folder to write (default samples)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the generator (default float32)")
+    add_weight_options(p)
     p.add_argument("--previews", action="store_true", help="also write previews.png and previews.gif")
     p.add_argument("--prefix-from", type=Path, metavar="IMAGE", help="keep the first tokens of this picture")
     p.add_argument("--prefix-tokens", type=int, default=16, help="how many tokens --prefix-from keeps (default 16)")
@@ -53,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
     given = parser().parse_args(args)
     try:
         check_writable(given.out)
-        pipe = load(given.model, pick_device(given.device), DTYPES[given.dtype])
+        pipe = load(given.model, pick_device(given.device), **weight_options(given))
         sample_to_folder(pipe, given)
     except USER_ERRORS as error:
         fail(error)
@@ -77,7 +83,7 @@ def sample_to_folder(pipe: Pipeline, given: argparse.Namespace) -> None:
     start = time.perf_counter()
     samples = run_with_bar(pipe, labels, given, forced, vars(settings))
     seconds = round(time.perf_counter() - start, 3)
-    used = {**vars(settings), "dtype": given.dtype, "batch_size": given.batch_size}
+    used = {**vars(settings), "dtype": given.dtype, "quantize": given.quantize, "batch_size": given.batch_size}
     if forced is not None:
         used |= {"prefix_from": str(given.prefix_from), "prefix_tokens": given.prefix_tokens}
     report = {"model": {"name": pipe.name, "hash": pipe.digest}, "settings": used, "seconds": seconds}

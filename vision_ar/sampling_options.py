@@ -1,4 +1,4 @@
-"""Command-line options of everything that samples: guidance, filters, device."""
+"""Command-line options of everything that samples: guidance, filters, weights, device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vision_ar.layers.packed import QUANTIZE
 from vision_ar.sampler.guidance import SCHEDULES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,6 +24,17 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--top-k", type=int, help="keep the k most likely tokens")
     p.add_argument("--top-p", type=float, help="keep the most likely tokens up to this probability")
     p.add_argument("--min-p", type=float, help="keep tokens at least this share as likely as the best")
+
+
+def add_weight_options(p: argparse.ArgumentParser) -> None:
+    """Add the options that say how the weights of the generator are held."""
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the generator (default float32)")
+    p.add_argument("--quantize", choices=QUANTIZE, help="weights of 8 bits, on a CPU; for few images at a time")
+
+
+def weight_options(given: argparse.Namespace) -> dict[str, Any]:
+    """The same as `pipeline.load` takes them."""
+    return {"dtype": DTYPES[given.dtype], "quantize": given.quantize}
 
 
 def sampling_options(given: argparse.Namespace) -> dict[str, Any]:

@@ -409,8 +409,9 @@ def test_weights_start_normal_with_the_published_spread() -> None:
 
 def test_a_cache_has_room_for_prefix_and_tokens() -> None:
     llama = make_llama(cond_dim=5, cond_len=3)
-    assert llama.new_cache(2).keys.shape == (2, 2, 4, 11, 8)
-    assert llama.new_cache(4, max_seq_len=5).keys.shape == (2, 4, 4, 8, 8)
+    for cache, shape in ((llama.new_cache(2), (2, 2, 4, 11, 8)), (llama.new_cache(4, 5), (2, 4, 4, 8, 8))):
+        cache.set_lengths(cache.lengths)  # then all slots are there
+        assert cache.keys.shape == cache.values.shape == shape
     assert llama.bfloat16().new_cache(1).keys.dtype == torch.bfloat16
 
 

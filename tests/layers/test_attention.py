@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.conftest import seeded
 from vision_ar.interfaces import AttentionPattern
 from vision_ar.layers.attention import Allowed, allow, attend, prefixed_mask, token_mask
-from vision_ar.layers.kv_cache import KVCache
+from vision_ar.layers.kv_cache import ColumnCache, KVCache
 
 BATCH, LENGTH, PREFIX = 2, 6, 3
 GROUP = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 2, 2, 3, 3]])
@@ -157,9 +157,11 @@ def test_a_single_token_attends_to_itself() -> None:
     torch.testing.assert_close(attend(queries, keys, values, allow(AttentionPattern(), 1, 0, "cpu")), values)
 
 
-def filled_cache(lengths: list[int], keys: Tensor, values: Tensor, ragged: bool) -> KVCache:
+def filled_cache(
+    lengths: list[int], keys: Tensor, values: Tensor, ragged: bool, kind: type[KVCache] = KVCache
+) -> KVCache:
     """One layer, with the first `lengths[b]` of `keys` and `values` committed in row b."""
-    cache = KVCache(1, BATCH, keys.shape[1], 12, keys.shape[3], torch.zeros(()))
+    cache = kind(1, BATCH, keys.shape[1], 12, keys.shape[3], torch.zeros(()))
     cache.append(0, keys[:, :, : max(lengths)], values[:, :, : max(lengths)])
     cache.commit()
     if ragged:
@@ -171,13 +173,14 @@ def filled_cache(lengths: list[int], keys: Tensor, values: Tensor, ragged: bool)
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("kind", ["causal", "full", "explicit"])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_new_tokens_see_the_cache_and_each_other(kind: str, new: int, masked: bool, ragged: bool) -> None:
+@pytest.mark.parametrize("cached", [KVCache, ColumnCache])
+def test_new_tokens_see_the_cache_and_each_other(kind: str, new: int, masked: bool, ragged: bool, cached) -> None:
     lengths = [5, 3] if ragged else [5, 5]
     old_keys, old_values = heads(8, seed=2)[1:]
     queries, keys, values = heads(new, seed=3)
     staged = torch.rand(BATCH, new, new, generator=seeded(4)) < 0.5
     pattern = AttentionPattern(kind, mask=staged if kind == "explicit" else None)
-    cache = filled_cache(lengths, old_keys, old_values, ragged)
+    cache = filled_cache(lengths, old_keys, old_values, ragged, cached)
     cond_mask = COND_MASK if masked else None
     allowed = allow(pattern, new, 0, "cpu", cache, cond_mask)
     found = attend(queries, *cache.append(0, keys, values), allowed)
@@ -192,9 +195,10 @@ def test_new_tokens_see_the_cache_and_each_other(kind: str, new: int, masked: bo
         torch.testing.assert_close(found[row][None], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_empty_cache_changes_nothing() -> None:
+@pytest.mark.parametrize("cached", [KVCache, ColumnCache])
+def test_an_empty_cache_changes_nothing(cached) -> None:
     queries, keys, values = heads(PREFIX + LENGTH)
-    cache = KVCache(1, BATCH, 4, 12, 8, torch.zeros(()))
+    cache = cached(1, BATCH, 4, 12, 8, torch.zeros(()))
     for kind, pattern in PATTERNS.items():
         allowed = allow(pattern, PREFIX + LENGTH, PREFIX, "cpu", cache)
         found = attend(queries, *cache.append(0, keys, values), allowed)

@@ -5,13 +5,21 @@ import torch
 from torch import Tensor
 
 from tests.conftest import seeded
-from vision_ar.layers.kv_cache import KVCache
+from vision_ar.layers.kv_cache import ColumnCache, KVCache, new_cache
 
 DEPTH, HEADS, SLOTS, WIDTH = 2, 3, 10, 4
+kind: type[KVCache] = KVCache
+
+
+@pytest.fixture(autouse=True, params=[KVCache, ColumnCache])
+def each_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs for both; the one that grows does so in small steps."""
+    monkeypatch.setitem(globals(), "kind", request.param)
+    monkeypatch.setattr(ColumnCache, "GROWTH", 3)
 
 
 def make_cache(batch_size: int, slots: int = SLOTS) -> KVCache:
-    return KVCache(DEPTH, batch_size, HEADS, slots, WIDTH, torch.zeros(()))
+    return kind(DEPTH, batch_size, HEADS, slots, WIDTH, torch.zeros(()))
 
 
 def entries(batch_size: int, new: int, seed: int) -> list[tuple[Tensor, Tensor]]:
@@ -22,7 +30,12 @@ def entries(batch_size: int, new: int, seed: int) -> list[tuple[Tensor, Tensor]]
 
 
 def stage(cache: KVCache, new: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    return [cache.append(layer, *pair) for layer, pair in enumerate(new)]
+    """Stage them, and return what may be read of every layer: less than all slots only while rows are equally long."""
+    pairs = [cache.append(layer, *pair) for layer, pair in enumerate(new)]
+    if cache.common_length is None:
+        return pairs
+    end = cache.common_length + new[0][0].shape[2]
+    return [(keys[:, :, :end], values[:, :, :end]) for keys, values in pairs]
 
 
 def committed(cache: KVCache, row: int) -> Tensor:
@@ -36,8 +49,8 @@ def columns(new: list[tuple[Tensor, Tensor]], row: int, kept: list[int]) -> Tens
 
 
 def test_a_new_cache_is_empty_and_takes_device_and_dtype_of_like() -> None:
-    cache = KVCache(1, 2, 1, 3, 4, torch.zeros((), dtype=torch.bfloat16))
-    assert cache.keys.shape == cache.values.shape == (1, 2, 1, 3, 4)
+    cache = kind(1, 2, 1, 3, 4, torch.zeros((), dtype=torch.bfloat16))
+    assert cache.keys.shape == cache.values.shape == (1, 2, 1, 0 if kind is ColumnCache else 3, 4)
     assert cache.keys.dtype == torch.bfloat16
     assert cache.lengths.tolist() == [0, 0] and cache.common_length == 0 and cache.max_seq_len == 3
 
@@ -107,7 +120,8 @@ def test_the_mask_shows_committed_entries_and_the_staged_ones_that_may_be_seen(l
     staged_mask = torch.rand(3, new, new, generator=seeded(1)) < 0.5 if tree else None
     mask = cache.visible(new, staged_mask)
     assert mask is not None
-    width = 3 + new if lengths is None else SLOTS
+    width = 3 + new if lengths is None and kind is KVCache else cache.keys.shape[3]
+    assert width == (7 if lengths is None and kind is KVCache else 9 if lengths is None else SLOTS)
     expected = torch.zeros(3, new, width, dtype=torch.bool)
     for row, length in enumerate(lengths or [3, 3, 3]):
         for i in range(new):
@@ -117,11 +131,20 @@ def test_the_mask_shows_committed_entries_and_the_staged_ones_that_may_be_seen(l
     assert torch.equal(mask.expand(3, -1, -1), expected)
 
 
-def test_one_new_token_of_equally_long_rows_needs_no_mask() -> None:
+def sees(cache: KVCache, count: int) -> bool:
+    """True when one new token of equally long rows sees so many entries, or all that there are without a mask."""
+    mask = cache.visible(1)
+    if kind is KVCache:
+        return mask is None and cache.common_length == count - 1
+    assert mask is not None
+    return mask.shape == (1, 1, cache.keys.shape[3]) and mask[0, 0].nonzero().flatten().tolist() == list(range(count))
+
+
+def test_one_new_token_of_equally_long_rows_sees_all_before_it() -> None:
     cache = make_cache(2)
     stage(cache, entries(2, 3, 0))
     cache.commit()
-    assert cache.visible(1) is None
+    assert sees(cache, 4)
 
 
 def test_committing_a_path_of_a_tree_equals_a_cache_filled_in_order() -> None:
@@ -180,7 +203,7 @@ def test_select_keeps_the_fast_path_of_equally_long_rows() -> None:
     stage(cache, entries(2, 3, 0))
     cache.commit()
     cache.select(torch.tensor([1]))
-    assert cache.common_length == 3 and cache.visible(1) is None
+    assert cache.common_length == 3 and sees(cache, 4)
 
 
 def test_a_full_cache_says_how_much_room_it_would_need() -> None:
@@ -195,9 +218,28 @@ def test_a_full_cache_says_how_much_room_it_would_need() -> None:
 
 
 def test_entries_take_the_dtype_of_the_cache() -> None:
-    cache = KVCache(1, 1, 1, 4, 2, torch.zeros((), dtype=torch.bfloat16))
+    cache = kind(1, 1, 1, 4, 2, torch.zeros((), dtype=torch.bfloat16))
     keys, values = torch.randn(2, 1, 1, 1, 2, generator=seeded(0)).unbind()
     assert cache.append(0, keys, values)[0].dtype == torch.bfloat16
     cache.commit()
     cache.set_lengths(torch.tensor([1]))
     assert cache.append(0, keys, values)[0].dtype == torch.bfloat16
+
+
+def test_a_cache_that_grows_keeps_what_it_has_and_stays_laid_out_by_column() -> None:
+    cache, parts = ColumnCache(DEPTH, 2, HEADS, SLOTS, WIDTH, torch.zeros(())), [entries(2, 2, n) for n in range(5)]
+    slots = []
+    for part in parts:
+        stage(cache, part)
+        cache.commit()
+        slots.append(cache.keys.shape[3])
+    assert slots == [3, 6, 6, 9, 10]
+    for row in range(2):
+        assert torch.equal(committed(cache, row), torch.cat([columns(part, row, [0, 1]) for part in parts], dim=3))
+    cache.select(torch.tensor([1, 0]))
+    assert cache.keys.transpose(-1, -2).is_contiguous() and cache.values.is_contiguous()
+
+
+def test_a_cpu_gets_the_cache_that_grows() -> None:
+    assert type(new_cache(1, 1, 1, 4, 2, torch.zeros(()))) is ColumnCache
+    assert type(new_cache(1, 1, 1, 4, 2, torch.zeros((), device="meta"))) is KVCache

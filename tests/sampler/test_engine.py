@@ -8,6 +8,7 @@ from vision_ar.backbones.llama import Llama, LlamaSize
 from vision_ar.generator import Generator
 from vision_ar.interfaces import FREE, AttentionPattern, Tokens, TokenSpec
 from vision_ar.layers.noise import keyed_gumbel
+from vision_ar.layers.packed import pack
 from vision_ar.objectives.block import Block
 from vision_ar.objectives.masked import Masked
 from vision_ar.objectives.next_token import NextToken
@@ -59,6 +60,30 @@ def test_every_backbone_variant_samples_like_the_plain_sampler(settings) -> None
     generator = make_generator(**settings)
     expected = [plain_sample(generator, int(c), int(s), LAWS[1]) for c, s in zip(LABELS, SEEDS, strict=True)]
     assert torch.equal(write(generator), torch.stack(expected))
+
+
+@pytest.mark.parametrize("schedule", [None, constant(3.0)])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"rotary": "2d", "grid": (2, 4), "silent_prefix": True}, {"num_kv_heads": 1}],
+    ids=str,
+)
+def test_weights_laid_out_for_the_cpu_write_the_tokens_of_the_plain_sampler(settings, schedule) -> None:
+    generator = make_generator(**settings)
+    expected = [plain_sample(generator, int(c), int(s), LAWS[1], schedule) for c, s in zip(LABELS, SEEDS, strict=True)]
+    pack(generator)
+    assert torch.equal(write(generator, schedule=schedule), torch.stack(expected))
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_with_other_weights_a_sample_still_does_not_depend_on_its_batch(quantize) -> None:
+    generator = make_generator()
+    pack(generator, quantize)
+    labels, seeds = torch.arange(20) % 3, torch.arange(20)
+    alone = torch.cat([write(generator, labels[i : i + 1], seeds[i : i + 1]) for i in range(20)])
+    for size in (3, 20):
+        together = [write(generator, *pair) for pair in zip(labels.split(size), seeds.split(size), strict=True)]
+        assert torch.equal(torch.cat(together), alone)
 
 
 def test_a_sample_does_not_depend_on_its_batch(generator) -> None:

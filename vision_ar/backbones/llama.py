@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from vision_ar.interfaces import FREE, AttentionPattern, Backbone, Tokens, TokenSpec
 from vision_ar.layers.attention import Allowed, allow, attend
-from vision_ar.layers.kv_cache import KVCache
+from vision_ar.layers.kv_cache import KVCache, new_cache
 from vision_ar.layers.mlp import SwiGLU
+from vision_ar.layers.packed import add_linear
 from vision_ar.layers.rope import apply_rotary, rotary_table
 
 INIT_STD = 0.02
@@ -207,7 +207,7 @@ class Llama(Backbone):
         """An empty cache for prefix and tokens."""
         slots = self.prefix_len + (max_seq_len or self.spec.seq_len)
         like = self.norm.weight.detach()
-        return KVCache(len(self.blocks), batch_size, self.num_kv_heads, slots, self.head_dim, like)
+        return new_cache(len(self.blocks), batch_size, self.num_kv_heads, slots, self.head_dim, like)
 
 
 class LlamaBlock(nn.Module):
@@ -238,14 +238,17 @@ class LlamaBlock(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        heads = rearrange(self.qkv(self.attention_norm(x)), "b t (n e) -> b n t e", e=self.head_dim)
-        queries, keys, values = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        queries, keys = apply_rotary(queries, table), apply_rotary(keys, table)
+        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, N, T, E)
+        turned, values = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        queries, keys = apply_rotary(turned, table).split([self.num_heads, self.num_kv_heads], dim=1)
         if kv_cache is not None:
             keys, values = kv_cache.append(layer, keys, values)
-        attended = rearrange(attend(queries, keys, values, allowed), "b n t e -> b t (n e)")
-        x = x + self.dropout(self.out(attended))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        attended = attend(queries, keys, values, allowed).transpose(1, 2).flatten(2)
+        if self.training:
+            x = x + self.dropout(self.out(attended))
+            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = add_linear(self.out, attended, x)
+        return self.mlp(self.mlp_norm(x), x)
 
 
 class FeatureCondition(nn.Module):

@@ -38,7 +38,7 @@ from vision_ar.evaluation.sweeps import write_sweep
 from vision_ar.interfaces import ImageTokenizer
 from vision_ar.pictures import columns_for, grid, to_pil
 from vision_ar.pipeline import Settings, load, spread_seeds
-from vision_ar.sampling_options import DTYPES, add_sampling_options, sampling_options
+from vision_ar.sampling_options import add_sampling_options, add_weight_options, sampling_options, weight_options
 
 RESULT = "result.json"
 
@@ -50,7 +50,7 @@ def generate_and_score(given: argparse.Namespace) -> Result:
     protocol = harness.protocol
     count = protocol.num_samples if given.num is None else given.num
     partial = harness.check_count(count)
-    pipe = load(given.model, harness.device, DTYPES[given.dtype])
+    pipe = load(given.model, harness.device, **weight_options(given))
     settings = vars(pipe.settings(**sampling_options(given)))
     spread_seeds(given.seed, count)  # they must fit
     store = SampleStore(out / "samples", pipe, protocol, settings, given.seed, count, given.batch_size)
@@ -60,7 +60,7 @@ def generate_and_score(given: argparse.Namespace) -> Result:
     own_classes = len(harness.extractor.class_names) == pipe.num_classes
     scores = score(features, reference, protocol.metrics, store.labels if own_classes else None)
     model = {"name": pipe.name, "hash": pipe.digest}
-    used = {"settings": {**settings, "dtype": given.dtype}, "seed": given.seed}
+    used = {"settings": {**settings, "dtype": given.dtype, "quantize": given.quantize}, "seed": given.seed}
     if harness.processes.first:
         to_pil(grid(shown(features.pixels), columns_for(min(64, count)))).save(out / "grid.png")
         if given.npz:
@@ -127,14 +127,14 @@ def likelihood(given: argparse.Namespace) -> None:
     out = Path(given.out)
     harness = Harness(given, out, "likelihood")
     protocol = harness.protocol
-    pipe = load(given.model, harness.device, DTYPES[given.dtype])
+    pipe = load(given.model, harness.device, **weight_options(given))
     originals = given_images(given, protocol, pipe.tokenizer, pipe.name)
     partial = harness.check_count(originals.count)
     store = LikelihoodStore(out / "likelihood", pipe, originals, protocol, given.batch_size)
     harness.fill(store, "likelihood")
     about = {"name": originals.name, "digest": store.digest()}
     model = {"name": pipe.name, "hash": pipe.digest}
-    used = {"model": model, "settings": {"dtype": given.dtype}}
+    used = {"model": model, "settings": {"dtype": given.dtype, "quantize": given.quantize}}
     harness.conclude(out / RESULT, partial, store.scores(), stamp(originals.count, store.digest(), about, **used))
 
 
@@ -194,7 +194,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--out", required=True, help="folder to write")
         add_sampling_options(one)
         one.add_argument("--seed", type=int, default=0, help="of sample 0; sample i has seed + i (default 0)")
-        one.add_argument("--dtype", choices=DTYPES, default="float32", help="of the generator (default float32)")
+        add_weight_options(one)
         one.add_argument("--npz", action="store_true", help="also write samples.npz as the ADM evaluator reads it")
         if action is sweep:
             options = {option.dest: option for option in one._actions}
@@ -212,7 +212,7 @@ def parser() -> argparse.ArgumentParser:
     add_protocol(one, "num", "partial")
     one.add_argument("--model", required=True, help="bundled name, model folder, training run or checkpoint")
     one.add_argument("--out", required=True, help="folder to write")
-    one.add_argument("--dtype", choices=DTYPES, default="float32", help="of the generator (default float32)")
+    add_weight_options(one)
     one = add_command(commands, "make-reference", make_reference)
     add_protocol(one, "extractor")
     one.add_argument("--images", help="folder, .npz or .npy of images, in place of --data")

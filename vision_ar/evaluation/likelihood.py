@@ -72,7 +72,7 @@ class LikelihoodStore:
         """Make the folder, or check that it was begun for the same images and model; by one process only."""
         about = {"model": self.pipe.name, "hash": self.pipe.digest, "protocol": self.protocol.name}
         about |= {"images": f"{self.originals.name} in state {self.originals.identity()}"}
-        about["dtype"] = str(next(self.pipe.generator.parameters()).dtype).removeprefix("torch.")
+        about |= self.pipe.weights()
         layout = {"nats": ((), np.float64), "hashes": ((HASH_BYTES,), np.uint8)}
         self.arrays.prepare(about, self.originals.count, self.batch_size, layout)
 

@@ -80,7 +80,7 @@ class SampleStore:
         size = self.protocol.image_size
         about = {"model": self.pipe.name, "hash": self.pipe.digest, "protocol": self.protocol.name, "seed": self.seed}
         about |= {name: str(value) for name, value in self.settings.items()}
-        about["dtype"] = str(next(self.pipe.generator.parameters()).dtype).removeprefix("torch.")
+        about |= self.pipe.weights()
         layout = {PIXELS: ((size, size, self.channels), np.uint8)}
         self.arrays.prepare(about, self.count, self.batch_size, layout)
 

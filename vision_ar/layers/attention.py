@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from vision_ar.interfaces import AttentionPattern
-from vision_ar.layers.kv_cache import KVCache
+from vision_ar.layers.kv_cache import ColumnCache, KVCache
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Allowed(NamedTuple):
 
     causal: bool = False
     mask: Tensor | None = None
-    """(B or 1, 1, T, S), True may attend."""
+    """(B or 1, 1, T, S): booleans, True may attend, or what is added to the scores."""
     block_mask: Any = None
     """A FlexAttention block mask."""
 
@@ -105,9 +105,11 @@ def allow(
         staged = None if pattern.kind == "causal" else token_mask(pattern, seq_len, device)
         mask = kv_cache.visible(seq_len, staged)
         if cond_mask is not None:
-            seen = kv_cache.max_seq_len if kv_cache.common_length is None else kv_cache.common_length + seq_len
+            seen = kv_cache.common_length + seq_len if mask is None else mask.shape[-1]  # type: ignore[operator]
             heard = F.pad(cond_mask, (0, seen - cond_mask.shape[1]), value=True)[:, None]
             mask = heard if mask is None else mask & heard
+        if mask is not None and isinstance(kv_cache, ColumnCache):  # many layers add it to few scores
+            mask = torch.zeros(mask.shape, dtype=kv_cache.keys.dtype).masked_fill_(~mask, -torch.inf)
         return Allowed(mask=None if mask is None else mask[:, None])
     if pattern.kind == "causal" and cond_mask is None:
         return Allowed(causal=seq_len > 1)
@@ -127,7 +129,8 @@ def allow(
 def attend(queries: Tensor, keys: Tensor, values: Tensor, allowed: Allowed) -> Tensor:
     """Attention (B, N, T, E); keys and values may have fewer heads (grouped queries) and longer length."""
     short = queries.device.type == "cpu" and queries.requires_grad and queries.shape[2] <= SHORT
-    if short and allowed.block_mask is None:
+    by_column = keys.stride(-1) != 1  # see `ColumnCache`
+    if (short or by_column) and allowed.block_mask is None:
         return attend_plainly(queries, keys, values, allowed)
     grouped = queries.shape[1] != keys.shape[1]
     if allowed.block_mask is not None:
@@ -167,5 +170,5 @@ def attend_plainly(queries: Tensor, keys: Tensor, values: Tensor, allowed: Allow
     if allowed.causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(dim=-1).to(values.dtype) @ values

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_ar.layers.packed import add_linear
+
 HIDDEN_MULTIPLE = 256  # Llama: the hidden width is rounded up to a multiple of this
 
 
@@ -31,7 +33,8 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """(..., D) to (..., D), plus `add` of that shape."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        hidden = F.silu(gate) * up
+        return self.down(hidden) if add is None else add_linear(self.down, hidden, add)

@@ -28,13 +28,14 @@ _MIX_2 = _signed(0x94D049BB133111EB)
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
     """Logical shift: torch shifts int64 arithmetically."""
-    return (bits >> count) & ((1 << (64 - count)) - 1)
+    return (bits >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
 def _mix(bits: Tensor) -> Tensor:
-    bits = (bits ^ _shift_right(bits, 30)) * _MIX_1
-    bits = (bits ^ _shift_right(bits, 27)) * _MIX_2
-    return bits ^ _shift_right(bits, 31)
+    """Mix the bits in place."""
+    bits.bitwise_xor_(_shift_right(bits, 30)).mul_(_MIX_1)
+    bits.bitwise_xor_(_shift_right(bits, 27)).mul_(_MIX_2)
+    return bits.bitwise_xor_(_shift_right(bits, 31))
 
 
 def keyed_bits(seeds: Tensor, positions: Tensor | int, ids: Tensor, stream: int) -> Tensor:
@@ -56,7 +57,7 @@ def keyed_bits(seeds: Tensor, positions: Tensor | int, ids: Tensor, stream: int)
 
 def _uniform(bits32: Tensor) -> Tensor:
     """Open-interval uniforms from 32-bit integers; float32, fine-grained near 0, at most 1 - 2**-24."""
-    return ((bits32.double() + 0.5) * 2.0**-32).float().clamp_(max=1 - 2.0**-24)
+    return bits32.double().add_(0.5).mul_(2.0**-32).float().clamp_(max=1 - 2.0**-24)
 
 
 def keyed_gumbel(seeds: Tensor, positions: Tensor | int, ids: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def keyed_gumbel(seeds: Tensor, positions: Tensor | int, ids: Tensor) -> Tensor:
     fine-grained near 0: the winners of rare tokens are resolved to 2**-32.
     """
     u = _uniform(_shift_right(keyed_bits(seeds, positions, ids, TOKEN_STREAM), 32))
-    return -torch.log(-torch.log1p(-u))
+    return u.neg_().log1p_().neg_().log_().neg_()
 
 
 def keyed_normal(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:

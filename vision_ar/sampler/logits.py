@@ -9,6 +9,9 @@ from torch import Tensor
 
 from vision_ar.layers.noise import keyed_gumbel
 
+DRAWN_TOGETHER = 16384
+"""Logits that are drawn from at a time on a CPU: what the hash works on must stay in the cache of a core."""
+
 
 @dataclass(frozen=True)
 class Law:
@@ -74,12 +77,26 @@ def draw(logprobs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
         Tokens (Q,), int64; a function of the row's law, seed and position alone.
     """
     if logprobs.device.type == "cpu":
-        # noise only for the tokens that survived the filters; finding them costs a synchronisation elsewhere
-        if logprobs.isnan().any():
-            raise ValueError("logits must be finite, got NaN; use a smaller cfg_scale or another dtype")
-        rows, ids = logprobs.isfinite().nonzero(as_tuple=True)
-        scores = torch.full_like(logprobs, -torch.inf)
-        scores[rows, ids] = logprobs[rows, ids] + keyed_gumbel(seeds[rows], positions[rows], ids)
-        return scores.argmax(dim=-1)
+        rows = max(1, DRAWN_TOGETHER // logprobs.shape[-1])
+        parts = zip(logprobs.split(rows), seeds.split(rows), positions.split(rows), strict=True)
+        return torch.cat([draw_some(*part) for part in parts])
     ids = torch.arange(logprobs.shape[-1], device=logprobs.device)
     return (logprobs + keyed_gumbel(seeds[:, None], positions[:, None], ids)).argmax(dim=-1)
+
+
+def draw_some(logprobs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """Draw a few rows on a CPU, with noise only for the tokens that survived the filters.
+
+    Raises:
+        ValueError: if a law has NaN.
+    """
+    kept = logprobs.isfinite()
+    if bool(kept.all()):
+        ids = torch.arange(logprobs.shape[-1])
+        return keyed_gumbel(seeds[:, None], positions[:, None], ids).add_(logprobs).argmax(dim=-1)
+    if logprobs.isnan().any():
+        raise ValueError("logits must be finite, got NaN; use a smaller cfg_scale or another dtype")
+    rows, ids = kept.nonzero(as_tuple=True)
+    scores = torch.full_like(logprobs, -torch.inf)
+    scores[rows, ids] = keyed_gumbel(seeds[rows], positions[rows], ids).add_(logprobs[rows, ids])
+    return scores.argmax(dim=-1)

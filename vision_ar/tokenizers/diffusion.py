@@ -19,7 +19,7 @@ from vision_ar.layers.attention import Allowed, allow
 from vision_ar.layers.blocks import GatedBlock, plain_norm
 from vision_ar.layers.classifier import IMAGE_SIZE as JUDGED_SIZE
 from vision_ar.layers.flow import FlowPath, group_at, shift_time
-from vision_ar.layers.kv_cache import KVCache
+from vision_ar.layers.kv_cache import KVCache, new_cache
 from vision_ar.layers.noise import keyed_normal
 from vision_ar.layers.perceptual import PerceptualLosses
 from vision_ar.layers.rope import rotary_table
@@ -486,4 +486,4 @@ class CausalDecoder(nn.Module):
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty cache for whole sequences."""
         heads, like = self.config.dim // self.config.head_dim, self.positions.detach()
-        return KVCache(self.config.depth, batch_size, heads, self.seq_len, self.config.head_dim, like)
+        return new_cache(self.config.depth, batch_size, heads, self.seq_len, self.config.head_dim, like)

@@ -6,6 +6,8 @@ streaming decoder of a tokenizer needs it as much as the sampler does.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -158,11 +160,21 @@ class ColumnCache(KVCache):
         if self.common_length is None:
             return super().visible(new, staged_mask)
         end = self.common_length + new
+        if end > self.max_seq_len:
+            raise RuntimeError(f"kv_cache must have room for {end} entries, it was made for {self.max_seq_len}")
         self._make_room(end)
         seen = super().visible(new, staged_mask)
         if seen is None:
             seen = torch.ones(1, new, end, dtype=torch.bool)
         return F.pad(seen, (0, self.keys.shape[3] - end))
+
+    def stage_one(self, layer: int) -> OneSlot:
+        """Stage one entry of every row of a layer, equally long rows that have room; `OneSlot.write` fills it."""
+        assert self.common_length is not None
+        self._staged = 1
+        self._make_room(self.common_length + 1)
+        columns = self.keys.transpose(-1, -2)[layer]
+        return OneSlot(columns, self.values[layer], self.common_length)
 
     def select(self, rows: Tensor) -> None:
         """As above."""
@@ -173,6 +185,22 @@ class ColumnCache(KVCache):
         """As above; buffers of rows of different length have all slots."""
         self._make_room(self.max_seq_len)
         super().set_lengths(lengths)
+
+
+class OneSlot(NamedTuple):
+    """Where the newest entry of every row of one layer goes."""
+
+    columns: Tensor
+    """Keys by column, (B, N, E, S)."""
+    values: Tensor
+    """(B, N, S, E)."""
+    slot: int
+
+    def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write entries (B, N, E) and return all slots, (B N, E, S) and (B N, S, E)."""
+        self.columns[..., self.slot].copy_(keys)
+        self.values[:, :, self.slot].copy_(values)
+        return self.columns.flatten(0, 1), self.values.flatten(0, 1)
 
 
 def new_cache(depth: int, batch_size: int, num_heads: int, max_seq_len: int, head_dim: int, like: Tensor) -> KVCache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,5 +37,5 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """(..., D) to (..., D), plus `add` of that shape."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        hidden = F.silu(gate) * up
+        hidden = F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate).mul_(up)
         return self.down(hidden) if add is None else add_linear(self.down, hidden, add)

@@ -89,7 +89,8 @@ def plain(size: str, batch: int, seq_len: int, dtype: torch.dtype, device: str, 
     layers = [
         {
             "qkv": weight(3 * dim, dim), "out": weight(dim, dim), "down": weight(dim, hidden),
-            "gate": weight(hidden, dim), "up": weight(hidden, dim), "norm_1": torch.ones(dim, device=device, dtype=dtype),
+            "gate": weight(hidden, dim), "up": weight(hidden, dim),
+            "norm_1": torch.ones(dim, device=device, dtype=dtype),
             "norm_2": torch.ones(dim, device=device, dtype=dtype),
         }
         for _ in range(depth)

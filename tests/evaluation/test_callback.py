@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -115,6 +116,16 @@ def test_the_score_is_that_of_the_weights_and_is_logged(tmp_path, caplog) -> Non
     rows = np.genfromtxt(Path(logger.log_dir) / "metrics.csv", delimiter=",", names=True, deletechars="")
     logged = {int(row["step"]): row[RAW] for row in rows if not math.isnan(row[RAW])}
     assert list(logged) == [2, 4] and logged[4] == pytest.approx(last[RAW], rel=1e-4)
+
+
+def test_every_process_knows_what_the_first_one_measured() -> None:
+    strategy = SimpleNamespace(broadcast=lambda own: {RAW: 2.5} if own == {} else own)
+    trainer: Any = SimpleNamespace(
+        sanity_checking=False, fast_dev_run=False, is_global_zero=False, strategy=strategy, callback_metrics={},
+        loggers=[], global_step=1,
+    )  # fmt: skip
+    ScoreSamples(NUM).on_validation_end(trainer, module())
+    assert {name: float(value) for name, value in trainer.callback_metrics.items()} == {RAW: 2.5}
 
 
 @pytest.mark.parametrize("order", ["ema first", "ema last"])

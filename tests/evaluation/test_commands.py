@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 import vision_ar
 from vision_ar.backbones.llama import Llama, LlamaSize
@@ -72,8 +74,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A protocol that takes less time: fewer samples are enough for it."""
-    protocol = dataclasses.replace(protocols.PROTOCOLS["digits-fast"], num_samples=NUM)
+    """A protocol that takes less time: fewer samples are enough for it, and any reference."""
+    protocol = dataclasses.replace(protocols.PROTOCOLS["digits-fast"], num_samples=NUM, closed=False)
     monkeypatch.setitem(protocols.PROTOCOLS, "digits-fast", protocol)
 
 
@@ -128,7 +130,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def without_times(result: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in result.items() if name not in ("seconds", "date")}
+    return {name: value for name, value in result.items() if name not in ("made", "date")}
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
@@ -157,13 +159,16 @@ def test_a_result_says_all_that_decided_it(model, reference, short, tmp_path, ca
     assert result["model"]["name"] == "tiny" and re.fullmatch("[0-9a-f]{16}", result["model"]["hash"])
     assert result["settings"].keys() == {
         "cfg_scale", "cfg_schedule", "cfg_start", "cfg_interval", "temperature", "top_k", "top_p", "min_p", "dtype",
+        "quantize",
     }  # fmt: skip
     assert (result["settings"]["cfg_scale"], result["settings"]["top_k"]) == (1.5, 9)
     for digest in (result["images"], result["reference"]["digest"], result["extractor"]["weights"]):
         assert re.fullmatch("[0-9a-f]{16}", digest)
     assert result["extractor"]["name"] == "cifar10" and result["reference"]["count"] == 297
     assert set(LIBRARIES) == result["versions"].keys() and torch.__version__.startswith(result["versions"]["torch"])
-    assert {"date", "seconds"} <= result.keys()
+    assert "date" in result and result["made"]["samples"]["images"] == NUM and result["left_out"] == []
+    assert result["reference"]["known_as"] == "validation digits of scikit-learn" and result["extractor"]["official"]
+    assert "FlowConfig" in result["tokenizer"]["flow"]
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width >= 5 * 8
     lines = capsys.readouterr().out.splitlines()  # no number is printed without its name and the protocol
@@ -390,12 +395,54 @@ def test_a_reference_can_be_insisted_on(reference, short, tmp_path, capsys) -> N
     for digest in (plain["reference"]["digest"], plain["reference"]["images"]):
         insisted = score(images, tmp_path / "insisted.json", *options, digest)
         assert insisted["scores"] == plain["scores"]
-        assert insisted["protocol"]["reference_digests"] == [[digest, "given"]]
+        assert insisted["protocol"]["reference_digests"] == [[digest, "the one that was asked for"]]
     args = ["--protocol", "digits-fast", "--images", images, "--out", tmp_path / "no.json"]
     error = refused(capsys, "score", *args, *options, "0123456789abcdef")
     assert "must have digest 0123456789abcdef" in error and "of digits.npz" in error
     error = refused(capsys, "score", *args, "--reference", images, "--reference-hash", "0123456789abcdef")
     assert f"{plain['images']} of {images}" in error
+
+
+def test_a_reference_that_the_protocol_does_not_know_is_refused_or_said(short, tmp_path, capsys, monkeypatch) -> None:
+    images, noise = write_pngs(tmp_path / "images", digits(0, NUM)), write_pngs(tmp_path / "other", digits(50, 90))
+    assert score(images, tmp_path / "open.json", "--reference", str(noise))["reference"]["known_as"] is None
+    assert "is none that the protocol knows" in capsys.readouterr().out
+    closed = dataclasses.replace(protocols.PROTOCOLS["digits-fast"], closed=True)
+    monkeypatch.setitem(protocols.PROTOCOLS, "digits-fast", closed)
+    args = ["score", "--protocol", "digits-fast", "--images", images, "--reference", noise]
+    error = refused(capsys, *args, "--out", tmp_path / "closed.json")
+    assert "must have digest df6cbe5b4188ff7a (validation digits of scikit-learn), got" in error
+    assert "--reference-hash DIGEST" in error
+
+
+def test_decoding_settings_are_part_of_the_model_and_stop_a_run_that_was_begun_with_others(
+    model, short, reference, tmp_path, capsys
+) -> None:
+    copied = shutil.copytree(model, tmp_path / "tiny")
+    before = generate(copied, tmp_path / "out", "--reference", str(reference))
+    config = copied / "config.yaml"
+    changed = re.sub(r"noise_scale: [0-9.]+", "noise_scale: 0.5", config.read_text())
+    assert changed != config.read_text()
+    config.write_text(changed)
+    args = ["generate-and-score", "--protocol", "digits-fast", "--reference", reference, "--model", copied]
+    assert "was begun with hash" in refused(capsys, *args, "--out", tmp_path / "out")
+    after = generate(copied, tmp_path / "new", "--reference", str(reference))
+    assert before["model"]["hash"] != after["model"]["hash"] and before["images"] != after["images"]
+
+
+def test_scores_that_finished_images_cannot_have_are_named(short, reference, tmp_path, capsys) -> None:
+    images = write_pngs(tmp_path / "images", digits(0, NUM))
+    like = dataclasses.replace(protocols.PROTOCOLS["digits-fast"], name="judged", metrics=("fid", "accuracy"))
+    protocols.PROTOCOLS["judged"] = like
+    try:
+        main(["score", "--protocol", "judged", "--images", str(images), "--reference", str(reference),
+              "--out", str(tmp_path / "judged.json")])  # fmt: skip
+    finally:
+        del protocols.PROTOCOLS["judged"]
+    assert read(tmp_path / "judged.json")["left_out"] == ["accuracy"]
+    assert "left out, as no wanted classes are known: accuracy" in capsys.readouterr().out
+    error = refused(capsys, "score", "--protocol", "recon-cifar10", "--images", images, "--out", tmp_path / "no.json")
+    assert "protocol must be one of generation, got recon-cifar10, which is for reconstruction" in error
 
 
 def test_a_reference_of_another_extractor_is_refused(reference, short, tmp_path, capsys) -> None:
@@ -744,7 +791,13 @@ def test_reconstructions_are_scored(model, short_reconstruction, tmp_path) -> No
     originals = digits(0, NUM).astype(np.float64)
     rebuilt = np.load(tmp_path / "reconstructions" / "pixels.npy")[..., 0]
     error = np.square(rebuilt - originals).mean(axis=(1, 2))
-    assert scores["psnr"] == pytest.approx((10 * np.log10(255**2 / error)).mean(), abs=0.05)
+    assert scores["psnr"] == pytest.approx((10 * np.log10(255**2 / error)).mean(), abs=1e-4)
+    assert scores["ssim"] == pytest.approx(
+        float(structural_similarity_index_measure(
+            *(torch.from_numpy(side)[:, None].double() for side in (rebuilt.astype(np.float64), originals)),
+            data_range=255.0,
+        )), abs=1e-4,
+    )  # fmt: skip
     main(["reconstruct", *args, "--out", str(tmp_path), "--num", str(NUM), "--batch-size", "7"])
     assert without_times(read(tmp_path / "result.json")) == without_times(result)
 
@@ -824,11 +877,12 @@ def test_likelihoods_need_their_protocol_their_data_and_a_model_of_such_images(
 
 
 def test_two_processes_make_the_images_and_the_score_of_one(model, tmp_path) -> None:
-    one = generate(model, tmp_path / "one", "--data", "digits", "--batch-size", "30")
+    more = ["--data", "digits", "--batch-size", "30", "--num", "80", "--allow-partial"]
+    one = generate(model, tmp_path / "one", *more)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = [*DIGITS, "--model", str(model), "--out", str(tmp_path / "two"), "--batch-size", "30"]
+    options = ["--protocol", "digits-fast", "--device", "cpu", "--model", str(model), "--out", str(tmp_path / "two")]
     done = subprocess.run(
-        [*launcher, "-m", "vision_ar.evaluation", "generate-and-score", *options],
+        [*launcher, "-m", "--", "vision_ar.evaluation", "generate-and-score", *options, *more],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -838,4 +892,4 @@ def test_two_processes_make_the_images_and_the_score_of_one(model, tmp_path) -> 
     assert done.returncode == 0, done.stderr[-2000:]
     two = read(tmp_path / "two" / "result.json")
     assert without_times(two) == without_times(one)
-    assert done.stdout.count("protocol digits-fast, 100 images") == 1  # the first process speaks for all
+    assert done.stdout.count("protocol digits-fast, PARTIAL, 80 of 100 images") == 1  # the first process speaks for all

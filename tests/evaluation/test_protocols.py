@@ -169,20 +169,24 @@ def test_images_of_another_size_are_refused_when_the_protocol_resizes_none(shape
 @each
 def test_every_protocol_can_be_followed(protocol: Protocol) -> None:
     assert find_protocol(protocol.name) is protocol
-    assert protocol.extractor in ("inception", *bundled_extractors())
+    extractors = ("none",) if protocol.kind == "likelihood" else ("inception", *bundled_extractors())
+    assert protocol.extractor in extractors
     assert protocol.split in ("train", "val", "none") and protocol.resize in ("none", "bicubic")
     assert protocol.num_samples > 0 and protocol.image_size > 0 and protocol.channels in (1, 3)
-    assert round_pixels(torch.zeros(1), protocol.rounding).dtype == torch.uint8
+    if protocol.kind != "likelihood":  # no image is made
+        assert round_pixels(torch.zeros(1), protocol.rounding).dtype == torch.uint8
     assert all(getattr(protocol, field.name) for field in fields(protocol) if field.type == "str")
     if protocol.kind == "generation":
         assert len(labels_for(protocol.labels, 5, 10, 0)) == 5
     else:
-        assert (protocol.kind, protocol.labels) == ("reconstruction", "none")
+        assert protocol.kind in ("reconstruction", "likelihood") and protocol.labels == "none"
+    assert not protocol.closed or protocol.reference_digests
 
 
 @each
 def test_every_metric_of_a_protocol_is_scored_by_somebody(protocol: Protocol) -> None:
-    known = FEATURE_METRICS | (TOKENIZER_METRICS if protocol.kind == "reconstruction" else set())
+    own = {"reconstruction": TOKENIZER_METRICS | FEATURE_METRICS, "likelihood": {"bits"}}
+    known = own.get(protocol.kind, FEATURE_METRICS)
     assert protocol.metrics and set(protocol.metrics) <= known and len(set(protocol.metrics)) == len(protocol.metrics)
     extractor = INCEPTION if protocol.extractor == "inception" else IN_DOMAIN
     for metric in protocol.metrics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vision_ar.evaluation.reconstruction import psnr
+from vision_ar.evaluation.reconstruction import psnr, ssim
 
 torch.set_num_threads(1)
 
@@ -34,6 +34,13 @@ def test_half_precision_is_measured_in_float32() -> None:
     value = psnr(reference + 2**-10, reference)
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(66.2266, abs=1e-3)
+
+
+def test_ssim_of_flat_images_is_the_luminance_term_of_values_from_0_up() -> None:
+    grey, brighter = torch.full((1, 1, 16, 16), -0.2), torch.full((1, 1, 16, 16), 0.4)  # 0.4 and 0.7 in [0, 1]
+    expected = (2 * 0.4 * 0.7 + 0.01**2) / (0.4**2 + 0.7**2 + 0.01**2)
+    assert ssim(grey, brighter).item() == pytest.approx(expected, abs=1e-3)
+    assert ssim(grey, grey).item() == pytest.approx(1, abs=1e-5)
 
 
 def test_wrong_shapes_and_kinds_are_refused() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import json
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -205,9 +206,13 @@ def load_model(source: str | Path) -> SavedModel:
             raise ValueError(f"weights of {source} must fit its {CONFIG}: {' '.join(str(error).split())}") from error
         part.eval().requires_grad_(False)
     file = path if path.is_file() else path / WEIGHTS
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(file.read_bytes())
+    parts_of = (description.tokenizer, description.backbone, description.objective)  # decoding settings are in there
+    digest.update(json.dumps(parts_of, sort_keys=True).encode())
     given = Path(source).resolve()
-    return SavedModel(given.stem if given.is_file() else given.name, description, tokenizer, generator, digest)
+    return SavedModel(
+        given.stem if given.is_file() else given.name, description, tokenizer, generator, digest.hexdigest()[:16]
+    )
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

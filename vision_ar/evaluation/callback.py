@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
 
 from vision_ar.data.images import ImageDataModule
 from vision_ar.evaluation.extractors import Extractor, load_extractor
@@ -19,8 +19,6 @@ from vision_ar.evaluation.scoring import class_accuracy, score_name
 from vision_ar.generator import Generator
 from vision_ar.pipeline import Pipeline
 from vision_ar.training.generator import GeneratorModule
-
-logger = logging.getLogger(__name__)
 
 
 class ScoreSamples(Callback):
@@ -66,11 +64,16 @@ class ScoreSamples(Callback):
         self._validations += 1
         if self._validations % self.every_n_validations:
             return
-        if trainer.is_global_zero:
-            self._log_scores(trainer, pl_module)
-        trainer.strategy.barrier("scores")
+        found = self._scores(trainer, pl_module) if trainer.is_global_zero else {}
+        scores: dict[str, float] = trainer.strategy.broadcast(found)  # a checkpoint may go by them, in every process
+        for name, value in scores.items():
+            trainer.callback_metrics[name] = torch.tensor(value)
+        for run in trainer.loggers:
+            run.log_metrics(scores, trainer.global_step)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        rank_zero_info(f"step {trainer.global_step}, {self.num_samples} samples: {shown}")
 
-    def _log_scores(self, trainer: L.Trainer, module: GeneratorModule) -> None:
+    def _scores(self, trainer: L.Trainer, module: GeneratorModule) -> dict[str, float]:
         self._extractor.to(module.device)
         if self._reference is None:
             self._reference = self._measure_reference(trainer.datamodule)  # type: ignore[attr-defined]
@@ -80,11 +83,7 @@ class ScoreSamples(Callback):
                 averaged: Any = callback._average_model.module  # may be on another device than the run
                 found = self._score(module, copy.deepcopy(averaged.generator).to(module.device))
                 scores |= {f"val/{name}_ema": value for name, value in found.items()}
-        for name, value in scores.items():
-            trainer.callback_metrics[name] = torch.tensor(value)
-        for run in trainer.loggers:
-            run.log_metrics(scores, trainer.global_step)
-        logger.info("%s samples: %s", self.num_samples, ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        return scores
 
     def _measure_reference(self, data: ImageDataModule) -> RunningMoments:
         running = RunningMoments(self._extractor.feature_dim)

@@ -30,7 +30,7 @@ from vision_ar.evaluation.image_files import write_npz
 from vision_ar.evaluation.likelihood import LikelihoodStore
 from vision_ar.evaluation.processes import Processes
 from vision_ar.evaluation.reconstruction import ReconstructionStore
-from vision_ar.evaluation.references import DataPixels, checked_images, open_data
+from vision_ar.evaluation.references import DataPixels, checked_images, known_as, open_data
 from vision_ar.evaluation.samples import SampleStore, shown
 from vision_ar.evaluation.scoring import Result, score, stamp, stamp_of
 from vision_ar.evaluation.statistics import save_statistics
@@ -59,8 +59,10 @@ def generate_and_score(given: argparse.Namespace) -> Result:
     features = harness.features("features", store.pixels())
     own_classes = len(harness.extractor.class_names) == pipe.num_classes
     scores = score(features, reference, protocol.metrics, store.labels if own_classes else None)
+    left_out = [metric for metric in protocol.metrics if metric == "accuracy" and not own_classes]
     model = {"name": pipe.name, "hash": pipe.digest}
-    used = {"settings": {**settings, "dtype": given.dtype, "quantize": given.quantize}, "seed": given.seed}
+    used: dict[str, Any] = {"settings": {**settings, **pipe.weights()}, "seed": given.seed, "left_out": left_out}
+    used["tokenizer"] = pipe.tokenizer.init_args
     if harness.processes.first:
         to_pil(grid(shown(features.pixels), columns_for(min(64, count)))).save(out / "grid.png")
         if given.npz:
@@ -88,13 +90,15 @@ def score_images(given: argparse.Namespace) -> None:
     path = Path(given.out)
     if path.suffix != ".json":
         raise ValueError(f"out must end with .json, got {path}")
-    harness = Harness(given, path.with_suffix(""))
+    harness = Harness(given, path.with_suffix(""), "generation")
     pixels = checked_images(given.images, harness.protocol)
     partial = harness.check_count(pixels.count)
     reference = harness.reference()
     features = harness.features("features", pixels)
     scores = score(features, reference, harness.protocol.metrics)
-    harness.conclude(path, partial, scores, stamp_of(features, reference, lossy_files=pixels.lossy))
+    left_out = [metric for metric in harness.protocol.metrics if metric == "accuracy"]  # images come without classes
+    stamped = stamp_of(features, reference, lossy_files=pixels.lossy, left_out=left_out)
+    harness.conclude(path, partial, scores, stamped)
 
 
 def reconstruct(given: argparse.Namespace) -> None:
@@ -112,14 +116,18 @@ def reconstruct(given: argparse.Namespace) -> None:
     reference = harness.features("reference", originals)
     harness.fill(store, "reconstructions")
     features = harness.features("features", store.pixels())
-    statistics = reference.statistics()
-    scores = {**store.scores(), **score(features, statistics, protocol.metrics)}
+    known = None if partial else known_as(protocol, originals.name, reference.digest())
+    statistics = reference.statistics(known_as=known)
+    found = score(features, statistics, protocol.metrics)
+    if "fid" in found:
+        found = {"rfid": found.pop("fid"), **found}  # what a distance of reconstructions is called
+    scores = {**store.scores(), **found}
     if harness.processes.first:
         pairs = torch.stack([shown(originals, 32), shown(features.pixels, 32)], dim=1)
         to_pil(grid(pairs.flatten(0, 1), 8)).save(out / "grid.png")
     model = {"name": saved.name, "hash": saved.digest}
-    flow = {"tokenizer": str(saved.tokenizer.init_args.get("flow"))}
-    harness.conclude(out / RESULT, partial, scores, stamp_of(features, statistics, model=model, settings=flow))
+    used = {"model": model, "tokenizer": saved.tokenizer.init_args}
+    harness.conclude(out / RESULT, partial, scores, stamp_of(features, statistics, **used))
 
 
 def likelihood(given: argparse.Namespace) -> None:
@@ -132,9 +140,10 @@ def likelihood(given: argparse.Namespace) -> None:
     partial = harness.check_count(originals.count)
     store = LikelihoodStore(out / "likelihood", pipe, originals, protocol, given.batch_size)
     harness.fill(store, "likelihood")
-    about = {"name": originals.name, "digest": store.digest()}
+    known = None if partial else known_as(protocol, originals.name, store.digest())
+    about = {"name": originals.name, "digest": store.digest(), "known_as": known}
     model = {"name": pipe.name, "hash": pipe.digest}
-    used = {"model": model, "settings": {"dtype": given.dtype, "quantize": given.quantize}}
+    used = {"model": model, "settings": pipe.weights()}
     harness.conclude(out / RESULT, partial, store.scores(), stamp(originals.count, store.digest(), about, **used))
 
 

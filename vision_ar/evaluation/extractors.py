@@ -27,6 +27,7 @@ CLASSIFIER_SUFFIX = "-classifier"
 FILE_SUFFIX = ".safetensors"
 SPATIAL_CHANNELS = 7  # Nash et al. 2021: about as many numbers, 7 x 17 x 17, as pooled features
 SPATIAL_SIDE = 17
+OFFICIAL_SHA256 = "6726825d"  # how the digest of torch-fidelity's file begins, as its name says
 
 
 @dataclass
@@ -59,6 +60,8 @@ class Extractor(nn.Module, ABC):
     """Names of the logits; empty where they have none."""
     accuracy: float | None
     """Share of test images that the network classifies correctly, None when nobody measured it."""
+    official: bool = True
+    """False when the weights are not the ones that a score of this name is defined with."""
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Features:
@@ -115,7 +118,9 @@ class InceptionExtractor(Extractor):
 
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
-        self.network = _build_inception(_default_weights() if weights is None else Path(weights))
+        path = _default_weights() if weights is None else Path(weights)
+        self.network = _build_inception(path)
+        self.official = hashlib.sha256(path.read_bytes()).hexdigest().startswith(OFFICIAL_SHA256)
         self.digest = weights_digest(self.network)
 
     def _extract(self, pixels: Tensor) -> Features:

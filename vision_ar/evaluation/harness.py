@@ -25,6 +25,8 @@ from vision_ar.sampling_options import pick_device
 
 LEAST = {"fid": 2, "sfid": 2, "kid": 2, "precision_recall": 4, "is": 10}
 """Images without which a metric says nothing."""
+LOG_EVERY_S = 30
+"""Seconds between two lines of progress where nobody watches a terminal."""
 
 
 class Store(Protocol):
@@ -63,7 +65,8 @@ class Harness:
             self.protocol = replace(self.protocol, name=f"{self.protocol.name}+{Path(given.extractor).stem}",
                                     extractor=given.extractor)  # fmt: skip
         if getattr(given, "reference_hash", None) is not None:
-            self.protocol = replace(self.protocol, reference_digests=((given.reference_hash, "given"),))
+            known = ((given.reference_hash, "the one that was asked for"),)
+            self.protocol = replace(self.protocol, reference_digests=known, closed=True)
         device = pick_device(given.device)
         if device == "cuda" and self.processes.world_size > 1:
             device = f"cuda:{self.processes.local_rank}"
@@ -71,7 +74,7 @@ class Harness:
         self._extractor: Extractor | None = None
         if self.protocol.extractor != "none":  # before any work, so that missing weights are met at once
             self._extractor = load_extractor(self.protocol.extractor, given.weights).to(device)
-        self.seconds: dict[str, float] = {}
+        self.made: dict[str, dict[str, float]] = {}
 
     @property
     def extractor(self) -> Extractor:
@@ -95,11 +98,13 @@ class Harness:
         share = list(store.arrays.batches(processes.rank, processes.world_size))
         total = sum(stop - first for first, stop, _ in share)
         done = sum(stop - first for first, stop, ready in share if ready)
-        silent = not processes.first or not sys.stderr.isatty()
-        with tqdm(total=total, initial=done, desc=what, unit="image", disable=silent) as bar:
+        # a log gets a line now and then, a terminal a bar
+        wait = {} if sys.stderr.isatty() else {"mininterval": LOG_EVERY_S, "delay": LOG_EVERY_S}
+        with tqdm(total=total, initial=done, desc=what, unit="image", disable=not processes.first, **wait) as bar:
             store.fill(processes.rank, processes.world_size, bar.update)
         processes.wait()
-        self.seconds[what] = time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.made[what] = {"images": (total - done) * processes.world_size, "seconds": seconds}
 
     def features(self, folder: str, pixels: Any) -> FeatureStore:
         """Features of images, complete."""
@@ -137,7 +142,7 @@ class Harness:
 
     def conclude(self, path: Path, partial: bool, scores: dict[str, float], stamp: dict[str, Any]) -> Result:
         """Save and print a result, in the first process."""
-        result = Result(self.protocol, partial, scores, {**stamp, "seconds": self.seconds})
+        result = Result(self.protocol, partial, scores, {**stamp, "made": self.made})
         if self.processes.first:
             result.save(path)
             print(f"{result.table()}\nsaved in {path}")

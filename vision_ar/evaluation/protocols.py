@@ -28,8 +28,9 @@ class Protocol:
         reference: what the samples are compared with, in words.
         split: of the data that is the reference when no file is given: train, val, or none where there must be one.
         channels: of the images.
-        reference_digests: known digests of the reference and what each is; empty where none is known, then the digest
-            is stamped and not checked.
+        reference_digests: known digests of the reference and what each is; a result says which it was, or that it was
+            none of them.
+        closed: refuse a reference that is none of them: the set has no other edition.
         source: where the protocol is described.
     """
 
@@ -47,6 +48,7 @@ class Protocol:
     source: str
     channels: int = 3
     reference_digests: tuple[tuple[str, str], ...] = ()
+    closed: bool = False
 
 
 def imagenet(name: str, labels: str, rounding: str, metrics: tuple[str, ...], resize: str, source: str) -> Protocol:
@@ -56,21 +58,46 @@ def imagenet(name: str, labels: str, rounding: str, metrics: tuple[str, ...], re
     )
 
 
-def in_domain(name: str, extractor: str, num_samples: int, data: str, image_size: int, channels: int) -> Protocol:
+@dataclass(frozen=True)
+class DataSet:
+    """A set that a protocol knows: its validation images in words, their sizes, and the digests of its editions."""
+
+    images: str
+    image_size: int
+    channels: int
+    digests: tuple[tuple[str, str], ...]
+    closed: bool
+
+
+CIFAR10 = DataSet(
+    "the 10,000 test images of CIFAR-10", 32, 3,
+    (("f7156d5563e1f4b3", "CIFAR-10 test images, JPEG edition of quality 75"),), False,
+)  # fmt: skip
+MNIST = DataSet("the 10,000 test images of MNIST", 28, 1, (("e01c8c098608a508", "MNIST test images"),), True)
+FASHION_MNIST = DataSet(
+    "the 10,000 test images of Fashion-MNIST", 28, 1, (("dba1a83173c038a3", "Fashion-MNIST test images"),), True
+)
+DIGITS = DataSet(
+    "the 297 validation digits of scikit-learn: a trial run", 8, 1,
+    (("df6cbe5b4188ff7a", "validation digits of scikit-learn"),), True,
+)  # fmt: skip
+
+
+def in_domain(name: str, extractor: str, num_samples: int, data: DataSet) -> Protocol:
     """A protocol of a small set: its own classifier, as many samples of every class, against the validation images."""
     own_classes = ("accuracy",) if extractor in name else ()
     metrics = ("fid", "kid", "precision_recall", *own_classes)
     return Protocol(
-        name, "generation", num_samples, image_size, extractor, metrics, "balanced", "nearest", "none", data, "val",
-        "this project", channels,
+        name, "generation", num_samples, data.image_size, extractor, metrics, "balanced", "nearest", "none",
+        data.images, "val", "this project", data.channels, data.digests, data.closed,
     )  # fmt: skip
 
 
-def bits(name: str, num_images: int, data: str, image_size: int, channels: int = 3) -> Protocol:
+def bits(name: str, num_images: int, data: DataSet) -> Protocol:
     """A protocol of likelihoods: the validation images of a set, as the data module cuts them."""
     return Protocol(
-        name, "likelihood", num_images, image_size, "none", ("bits",), "none", "none", "none", data, "val",
-        "this project", channels,
+        name, "likelihood", num_images, data.image_size, "none", ("bits",), "none", "none", "none", data.images, "val",
+        "this project", data.channels, data.digests, data.closed,
     )  # fmt: skip
 
 
@@ -97,20 +124,21 @@ PROTOCOLS = {
         Protocol(
             "cifar10-train50k", "generation", 50000, 32, "inception", ("fid", "is", "kid", "precision_recall"),
             "balanced", "nearest", "none", "the 50,000 training images of CIFAR-10", "train",
-            "the usual FID of CIFAR-10",
+            "the usual FID of CIFAR-10", 3,
+            (("86d801122c6d78ef", "CIFAR-10 training images, JPEG edition of quality 75"),),
         ),
         Protocol(
             "recon-cifar10", "reconstruction", 10000, 32, "cifar10", ("fid", "psnr", "ssim", "usage"), "none",
-            "nearest", "none", "the 10,000 test images of CIFAR-10 themselves", "val", "this project",
+            "nearest", "none", f"{CIFAR10.images} themselves", "val", "this project", 3, CIFAR10.digests,
         ),
-        in_domain("cifar10", "cifar10", 10000, "the 10,000 test images of CIFAR-10", 32, 3),
-        in_domain("cifar10-fast", "cifar10", 2000, "the 10,000 test images of CIFAR-10", 32, 3),
-        in_domain("mnist", "mnist", 10000, "the 10,000 test images of MNIST", 28, 1),
-        in_domain("fashion-mnist", "fashion-mnist", 10000, "the 10,000 test images of Fashion-MNIST", 28, 1),
-        bits("bits-imagenet256", 50000, "the 50,000 validation images of ImageNet", 256),
-        bits("bits-cifar10", 10000, "the 10,000 test images of CIFAR-10", 32),
-        bits("bits-digits", 297, "the 297 validation digits of scikit-learn: a trial run", 8, 1),
-        in_domain("digits-fast", "cifar10", 100, "the 297 validation digits of scikit-learn: a trial run", 8, 1),
+        in_domain("cifar10", "cifar10", 10000, CIFAR10),
+        in_domain("cifar10-fast", "cifar10", 2000, CIFAR10),
+        in_domain("mnist", "mnist", 10000, MNIST),
+        in_domain("fashion-mnist", "fashion-mnist", 10000, FASHION_MNIST),
+        bits("bits-imagenet256", 50000, DataSet("the 50,000 validation images of ImageNet", 256, 3, (), False)),
+        bits("bits-cifar10", 10000, CIFAR10),
+        bits("bits-digits", 297, DIGITS),
+        in_domain("digits-fast", "cifar10", 100, DIGITS),
     )
 }  # fmt: skip
 

@@ -45,11 +45,12 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
     """Measure the structural similarity of every image, (B,), float32; arguments and errors are those of `psnr`.
 
     Source:
-        Wang et al. 2004: Gaussian window of 11 pixels with deviation 1.5, mean over channels; torchmetrics computes it.
-        Papers that use scikit-image's default, a flat window of 7, get other values.
+        Wang et al. 2004: Gaussian window of 11 pixels with deviation 1.5, mean over channels, of intensities from 0 up;
+        torchmetrics computes it, with mirrored borders where Wang et al. leave them out. Papers that use
+        scikit-image's default, a flat window of 7, get other values.
     """
-    images, reference = checked_pair(images, reference)
-    return structural_similarity_index_measure(images, reference, data_range=DATA_RANGE, reduction="none")  # type: ignore[return-value]
+    images, reference = ((side + 1) / DATA_RANGE for side in checked_pair(images, reference))  # its constants want 0 up
+    return structural_similarity_index_measure(images, reference, data_range=1.0, reduction="none")  # type: ignore[return-value]
 
 
 def checked_pair(images: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,13 +139,13 @@ class ReconstructionStore:
         written = tokens.ids if tokens.ids is not None else tokens.latents
         assert written is not None
         frames = [preview.feed(part) for part in written.split(list(self.tokenizer.spec.groups), dim=1)]
-        rebuilt = frames[-1]
-        assert rebuilt is not None  # after all groups there is an image
-        pixels = round_pixels(rebuilt, self.protocol.rounding)
-        nothing = torch.full((len(images),), torch.nan)
+        rounded = [None if frame is None else round_pixels(frame, self.protocol.rounding) for frame in frames]
+        pixels, nothing = rounded[-1], torch.full((len(images),), torch.nan)
+        assert pixels is not None  # after all groups there is an image
+        after = [nothing if frame is None else psnr(normalise(frame), images).cpu() for frame in rounded]
         rows = {
             "pixels": pixels.permute(0, 2, 3, 1),
-            "psnr": torch.stack([nothing if frame is None else psnr(frame, images).cpu() for frame in frames], dim=1),
+            "psnr": torch.stack(after, dim=1),
             "ssim": ssim(normalise(pixels), images),
         }
         if tokens.ids is not None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from vision_ar.data.cache_codes import load_data
 from vision_ar.data.image_sets import MemoryImages
 from vision_ar.data.images import Digits, ImageDataModule, ImageFolder, Parquet
+from vision_ar.data.sources import FolderSource
 from vision_ar.evaluation.extractors import Extractor
 from vision_ar.evaluation.features import FeatureStore
-from vision_ar.evaluation.image_files import PixelSet, open_images
+from vision_ar.evaluation.image_files import PixelSet, identity_of, open_images
 from vision_ar.evaluation.protocols import Protocol
 from vision_ar.evaluation.statistics import BROKEN, Statistics, load_statistics
 
@@ -45,9 +46,11 @@ class DataPixels(PixelSet):
         self._refuse_bad()
 
     def identity(self) -> str:
-        """Of all pixels where they are in memory, else of the names of the pictures."""
+        """Of all pixels where they are in memory, else of the names, sizes and times of the pictures."""
         if isinstance(self._images, MemoryImages):
             return self.digest()
+        if isinstance(self._source, FolderSource):
+            return identity_of(file for file, _ in self._source.files)
         names = "\n".join(self._source.where(index) for index in range(self.count))
         return hashlib.sha256(names.encode()).hexdigest()[:16]
 
@@ -119,14 +122,27 @@ def find_reference(
     else:
         pixels = DataPixels(open_data(data, protocol.image_size, protocol.channels), protocol.split)
         found = statistics_of(pixels, extractor, folder, fill)
+    found.about["known_as"] = known_as(protocol, found.name, found.digest, found.about.get("images"))
+    return found
+
+
+def known_as(protocol: Protocol, name: str, *digests: str | None) -> str | None:
+    """What a protocol calls a reference with one of these digests, None when it does not know it.
+
+    Raises:
+        ValueError: if it knows all that there are.
+    """
     known = dict(protocol.reference_digests)
-    if known and found.digest not in known and found.about.get("images") not in known:
+    for digest in digests:
+        if digest in known:
+            return known[digest]
+    if protocol.closed:
         listed = ", ".join(f"{digest} ({what})" for digest, what in known.items())
         raise ValueError(
-            f"reference of {protocol.name} must have digest {listed}, got {found.digest} of {found.name}; "
+            f"reference of {protocol.name} must have digest {listed}, got {digests[-1] or digests[0]} of {name}; "
             "--reference-hash DIGEST scores against another one and says so in the result"
         )
-    return found
+    return None
 
 
 def read_reference(path: str, protocol: Protocol, extractor: Extractor, folder: Path, fill: Fill) -> Statistics:
@@ -136,10 +152,12 @@ def read_reference(path: str, protocol: Protocol, extractor: Extractor, folder: 
     if not has_moments(path):
         return statistics_of(checked_images(path, protocol), extractor, folder, fill)
     found = load_statistics(path)
-    made_by = (found.about.get("extractor", "inception"), found.about.get("weights", extractor.digest))
-    if made_by != (extractor.name, extractor.digest):
-        wanted = f"{extractor.name} {extractor.digest}"
-        raise ValueError(f"reference must be made with extractor {wanted}, {path} was made with {' '.join(made_by)}")
+    made_by, weights = found.about.get("extractor"), found.about.get("weights")
+    wanted = f"reference must be made with extractor {extractor.name} {extractor.digest}"
+    if made_by is None and extractor.name != "inception":
+        raise ValueError(f"{wanted}, {path} does not say what it was made with, as only files of Inception do")
+    if made_by is not None and (made_by, weights) != (extractor.name, extractor.digest):
+        raise ValueError(f"{wanted}, {path} was made with {made_by} {weights}")
     if len(found.moments.mean) != extractor.feature_dim:
         raise ValueError(f"reference must have {extractor.feature_dim} features, {path} has {len(found.moments.mean)}")
     if found.features is None and has_images(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -46,15 +47,33 @@ class Result:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"scores": self.scores, "partial": self.partial, "protocol": asdict(self.protocol), **self.stamp}
         with replaced(path) as partial:
-            partial.write_text(json.dumps(content, indent=1))
+            partial.write_text(json.dumps(strict(content), indent=1, allow_nan=False))
 
     def table(self) -> str:
         """Lines for people."""
         count = self.stamp.get("num_images")
         share = f"PARTIAL, {count} of {self.protocol.num_samples} images" if self.partial else f"{count} images"
-        lines = [f"protocol {self.protocol.name}, {share}, against {self.stamp['reference']['name']}"]
+        reference = self.stamp["reference"]
+        lines = [f"protocol {self.protocol.name}, {share}, against {reference['name']}"]
+        if not self.partial and not reference.get("known_as"):
+            lines.append(f"reference {reference['digest']} is none that the protocol knows: do not compare with others")
+        if not self.stamp.get("extractor", {}).get("official", True):
+            lines.append("extractor with other weights than the published ones: no figure of a paper compares")
+        if self.stamp.get("left_out"):
+            lines.append(f"left out, as no wanted classes are known: {', '.join(self.stamp['left_out'])}")
         lines += [f"{name:>24}  {value:.4f}" for name, value in self.scores.items()]
         return "\n".join(lines)
+
+
+def strict(content: Any) -> Any:
+    """The same with what JSON has: None for NaN and infinities, text for objects."""
+    if isinstance(content, dict):
+        return {str(name): strict(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [strict(value) for value in content]
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    return content if content is None or isinstance(content, str | int) else str(content)
 
 
 def score_name(metric: str, extractor: Extractor) -> str:
@@ -120,6 +139,7 @@ def stamp_of(samples: FeatureStore, reference: Statistics, **more: Any) -> dict[
     """Everything that decided a score beside the protocol."""
     extractor = samples.extractor
     judged = {"name": extractor.name, "weights": extractor.digest, "accuracy": extractor.accuracy}
+    judged["official"] = extractor.official
     compared = {"name": reference.name, "digest": reference.digest, **reference.about}
     return stamp(samples.pixels.count, samples.digest(), compared, extractor=judged, **more)
 

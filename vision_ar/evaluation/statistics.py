@@ -154,8 +154,13 @@ def checked_moments(mean: np.ndarray, covariance: np.ndarray, path: Path) -> Fix
     """Moments in float64, or a ValueError that names the file."""
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(f"{path} must hold mu (F,) and sigma (F, F), got {mean.shape} and {covariance.shape}")
+    if not all(kind.kind == "f" for kind in (mean.dtype, covariance.dtype)):
+        raise ValueError(f"{path} must hold real numbers, got {mean.dtype} and {covariance.dtype}")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ValueError(f"{path} must hold finite numbers, got some that are not")
+    spread = np.abs(covariance).max(initial=0.0)
+    if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-3 * spread or (np.diagonal(covariance) < 0).any():
+        raise ValueError(f"{path} must hold a covariance in sigma, got a matrix that is not symmetric or has negatives")
     return FixedMoments(torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(covariance.astype(np.float64)))
 
 

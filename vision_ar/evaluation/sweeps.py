@@ -30,8 +30,7 @@ def sweep_table(results: Mapping[float, Result]) -> str:
     names = curve_names(results)
     first = next(iter(results.values()))
     lines = [
-        f"Protocol {first.protocol.name}, model {first.stamp['model']['name']} ({first.stamp['model']['hash']}), "
-        f"{first.stamp['num_images']} samples a row{', PARTIAL' if first.partial else ''}",
+        subject(first),
         "",
         "| cfg_scale | " + " | ".join(names) + " |",
         "|" + "---|" * (len(names) + 1),
@@ -39,6 +38,13 @@ def sweep_table(results: Mapping[float, Result]) -> str:
     for scale, result in results.items():
         lines.append(f"| {scale:g} | " + " | ".join(f"{result.scores[name]:.4f}" for name in names) + " |")
     return "\n".join(lines) + "\n"
+
+
+def subject(result: Result) -> str:
+    """What the rows have in common."""
+    model, partial = result.stamp["model"], ", PARTIAL" if result.partial else ""
+    samples = f"{result.stamp['num_images']} samples each{partial}"
+    return f"Protocol {result.protocol.name}, model {model['name']} ({model['hash']}), {samples}"
 
 
 def plot_sweep(results: Mapping[float, Result], path: Path) -> None:
@@ -54,9 +60,7 @@ def plot_sweep(results: Mapping[float, Result], path: Path) -> None:
         axes.set_xlabel("cfg_scale")
         axes.grid(alpha=0.3)
     first = next(iter(results.values()))
-    figure.suptitle(
-        f"{first.stamp['model']['name']}, protocol {first.protocol.name}, {first.stamp['num_images']} samples"
-    )
+    figure.suptitle(subject(first))
     figure.savefig(path, dpi=120)
 
 

@@ -119,17 +119,16 @@ def load_lpips() -> nn.Module:
     """LPIPS with a VGG-16 trunk, from torchmetrics and torchvision; the bare net, which takes any range of values.
 
     Raises:
-        FileNotFoundError: when the trunk's weights are neither cached nor to be downloaded.
+        FileNotFoundError: when the trunk's weights are not in the cache of torch hub; nothing is downloaded.
     """
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+    from torchvision.models import VGG16_Weights
 
-    try:
-        return LearnedPerceptualImagePatchSimilarity(net_type="vgg").net
-    except (OSError, ModuleNotFoundError) as error:
-        raise FileNotFoundError(
-            "losses.lpips must be 0 unless torchvision can load VGG-16 (ImageNet) weights: put vgg16-397923af.pth into "
-            f"the torch hub checkpoints folder, or go online once; got {type(error).__name__}: {error}"
-        ) from error
+    url = VGG16_Weights.IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
+        raise FileNotFoundError(f"LPIPS needs the weights of VGG-16 in {path}, got no such file; fetch {url}")
+    return LearnedPerceptualImagePatchSimilarity(net_type="vgg").net
 
 
 def load_dino(path: str | None) -> nn.Module:

@@ -194,7 +194,10 @@ class AttentionPattern:
 
 
 class Cache(Protocol):
-    """What a backbone asks of a key-value cache; `layers/kv_cache.py` has the class."""
+    """What a backbone asks of a key-value cache; `layers/kv_cache.py` has the classes."""
+
+    full_bytes: int
+    """What it takes when it is full."""
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stage new entries (B, N, T, E) of a layer and return all that may be read, (B, N, S, E) each."""
@@ -404,7 +407,7 @@ class Backbone(Recorded, nn.Module, ABC):
 
     @abstractmethod
     def new_cache(self, batch_size: int, max_seq_len: int | None = None) -> Any:
-        """An empty cache for prefix and tokens, on the device and in the dtype of the weights."""
+        """An empty `Cache` for prefix and tokens, on the device and in the dtype of the weights."""
 
     @classmethod
     @abstractmethod

@@ -7,7 +7,7 @@ arguments and yields events while the images arrive.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from vision_ar.checkpoints.store import SavedModel, load_model
 from vision_ar.generator import Generator
 from vision_ar.interfaces import FREE, Tokenizer, Tokens
 from vision_ar.layers.packed import pack
-from vision_ar.sampler.engine import Condition, Event, Session, stream
+from vision_ar.sampler.engine import Condition, Event, Session, guidance_scales, stream
 from vision_ar.sampler.guidance import CfgSchedule, cfg_schedule
 from vision_ar.sampler.logits import Law
+from vision_ar.sampler.memory import check_batch
 
 
 @dataclass
@@ -164,12 +165,19 @@ class Pipeline:
         settings.schedule()
         return settings
 
+    def check_batch(self, batch_size: int, **settings: Any) -> str:
+        """Say what a batch with these settings needs, see `sampler.memory.check_batch`."""
+        schedule = self.settings(**settings).schedule()
+        guided = guidance_scales(schedule, 1, self.generator.spec.seq_len) is not None
+        return check_batch(self.generator, batch_size, guided)
+
     def stream(
         self,
         labels: Sequence[int],
         seed: int | Sequence[int] = 0,
         forced: Tensor | None = None,
         previews: bool = True,
+        each: Sequence[Mapping[str, Any]] | None = None,
         **settings: Any,
     ) -> Iterator[Event]:
         """Sample one image per label and tell what happens, token by token.
@@ -179,15 +187,22 @@ class Pipeline:
             seed: of the first image, image i has seed + i; or one seed per image.
             forced: tokens that are already decided, (B, T), -1 where the model chooses.
             previews: decode after every group.
-            **settings: see `Settings`.
+            each: settings of single images, one mapping per image, on top of those of all.
+            **settings: of all images, see `Settings`.
 
         Returns:
             Iterator of events; the preview of the last group, and of `done`, is the finished image.
         """
-        chosen = self.settings(**settings)
+        if each is not None and len(each) != len(labels):
+            raise ValueError(f"each must have settings for every image, got {len(each)} for {len(labels)} images")
+        chosen = [self.settings(**{**settings, **own}) for own in ([{}] if each is None else each)]
         seeds = torch.tensor(spread_seeds(seed, len(labels)))
         condition = Condition(labels=torch.tensor(self.check_labels(labels)))
-        session = Session(self.generator, condition, seeds, chosen.law(), chosen.schedule(), forced)
+        laws, schedules = [one.law() for one in chosen], [one.schedule() for one in chosen]
+        if each is None:
+            session = Session(self.generator, condition, seeds, laws[0], schedules[0], forced)
+        else:
+            session = Session(self.generator, condition, seeds, laws, schedules, forced)
         return stream(session, self.tokenizer if previews else None, seeds.to(self.device))
 
     def sample(
@@ -197,10 +212,12 @@ class Pipeline:
         batch_size: int = 64,
         forced: Tensor | None = None,
         previews: bool = False,
+        each: Sequence[Mapping[str, Any]] | None = None,
         **settings: Any,
     ) -> Samples:
         """Sample one image per label, in batches; the arguments are those of `stream`."""
-        return Samples.joined(list(self.sample_batches(labels, seed, batch_size, forced, previews, **settings)))
+        batches = self.sample_batches(labels, seed, batch_size, forced, previews, each, **settings)
+        return Samples.joined(list(batches))
 
     def sample_batches(
         self,
@@ -209,6 +226,7 @@ class Pipeline:
         batch_size: int = 64,
         forced: Tensor | None = None,
         previews: bool = False,
+        each: Sequence[Mapping[str, Any]] | None = None,
         on_event: Callable[[Event, int], None] | None = None,
         **settings: Any,
     ) -> Iterator[Samples]:
@@ -219,8 +237,9 @@ class Pipeline:
         for start in range(0, len(labels), batch_size):
             part = slice(start, start + batch_size)
             rows = None if forced is None else forced[part]
+            own = None if each is None else each[part]
             shown: list[Tensor | None] = []
-            for event in self.stream(labels[part], seeds[part], rows, previews, **settings):
+            for event in self.stream(labels[part], seeds[part], rows, previews, own, **settings):
                 if event.kind == "preview":
                     shown.append(event.preview)
                 if on_event is not None:

@@ -80,6 +80,8 @@ def sample_to_folder(pipe: Pipeline, given: argparse.Namespace) -> None:
             raise ValueError(f"prefix-from needs a model of images, got one with a {type(tokenizer).__name__}")
         reference = read_image(given.prefix_from, tokenizer.image_size, tokenizer.channels)
         forced = pipe.keep_prefix(reference, given.prefix_tokens, given.num)
+    if given.batch_size >= 1:
+        print(pipe.check_batch(min(given.batch_size, given.num), **vars(settings)))
     start = time.perf_counter()
     samples = run_with_bar(pipe, labels, given, forced, vars(settings))
     seconds = round(time.perf_counter() - start, 3)

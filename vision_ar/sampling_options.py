@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from vision_ar.layers.packed import QUANTIZE
 from vision_ar.sampler.guidance import SCHEDULES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_GRANT = Path("/sys/fs/cgroup/cpu.max")
 SETTINGS = ("cfg_scale", "cfg_schedule", "cfg_start", "cfg_interval", "temperature", "top_k", "top_p", "min_p")
 
 
@@ -44,7 +47,8 @@ def sampling_options(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def pick_device(name: str) -> str:
-    """The device to use; auto takes a GPU when there is one."""
+    """The device to use; auto takes a GPU when there is one. A CPU works with the cores that this process may use."""
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -53,3 +57,16 @@ def pick_device(name: str) -> str:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be one that this machine has, got {name}: {reason}") from error
     return name
+
+
+def usable_cores() -> int:
+    """Cores that this process may use at once: those it is bound to, at most what its container is granted.
+
+    PyTorch does not look at the grant, and more threads than cores wait for each other at every layer.
+    """
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_GRANT.read_text().split()
+        return max(1, min(bound, int(quota) // int(period)))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return bound

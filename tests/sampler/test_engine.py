@@ -92,6 +92,27 @@ def test_a_sample_does_not_depend_on_its_batch(generator) -> None:
     assert torch.equal(together[1:2], alone)
 
 
+def test_rows_of_different_settings_are_what_they_are_alone(generator) -> None:
+    count = len(LAWS) * len(SCHEDULES)
+    laws, schedules = [law for law in LAWS for _ in SCHEDULES], SCHEDULES * len(LAWS)
+    labels, seeds = torch.arange(count) % 3, torch.arange(count) + 70
+    together = write(generator, labels, seeds, laws, schedules)
+    for row in range(count):
+        one = slice(row, row + 1)
+        alone = write(generator, labels[one], seeds[one], laws[row], schedules[row])
+        assert torch.equal(together[one], alone), (laws[row], row)
+    blocks = make_generator(Block(2))
+    together = write(blocks, labels, seeds, laws, schedules)
+    assert torch.equal(together[7:8], write(blocks, labels[7:8], seeds[7:8], laws[7], schedules[7]))
+
+
+def test_settings_are_for_all_rows_or_one_per_row(generator) -> None:
+    with pytest.raises(ValueError, match="law must be one or one per row, got 2 for 3 rows"):
+        write(generator, law=[Law(), Law()])
+    with pytest.raises(ValueError, match="cfg_schedule must be one or one per row, got 1 for 3 rows"):
+        write(generator, schedule=[None])
+
+
 def test_forced_tokens_stay_and_the_rest_equals_the_plain_sampler(generator) -> None:
     forced = torch.full((3, 8), FREE)
     forced[:, [0, 3, 7]] = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])

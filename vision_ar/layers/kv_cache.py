@@ -30,6 +30,8 @@ class KVCache:
     ) -> None:
         self.max_seq_len = max_seq_len
         self.keys, self.values = self._buffers(like, (depth, batch_size, num_heads, max_seq_len, head_dim))
+        self.full_bytes = 2 * depth * batch_size * num_heads * max_seq_len * head_dim * like.element_size()
+        """What both buffers take when every slot is there."""
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
         self.common_length: int | None = 0  # set while all rows are equally long: then slices replace scatters
         self._staged = 0

@@ -6,7 +6,7 @@ plain sampler in `tests/sampler/plain.py` says in thirty lines what this file do
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -60,8 +60,8 @@ class Session:
         generator: backbone and heads, in evaluation mode.
         condition: of the rows.
         seeds: one per row, (B,), int64.
-        law: temperature and filters.
-        cfg_schedule: guidance over the sequence; None is off.
+        law: temperature and filters, or one per row.
+        cfg_schedule: guidance over the sequence; None is off; or one per row.
         forced: tokens that are already decided, (B, T), `FREE` where the model chooses.
     """
 
@@ -70,8 +70,8 @@ class Session:
         generator: Generator,
         condition: Condition,
         seeds: Tensor,
-        law: Law = Law(),  # noqa: B008 immutable
-        cfg_schedule: CfgSchedule | None = None,
+        law: Law | Sequence[Law] = Law(),  # noqa: B008 immutable
+        cfg_schedule: CfgSchedule | None | Sequence[CfgSchedule | None] = None,
         forced: Tensor | None = None,
     ) -> None:
         spec, batch_size = generator.spec, seeds.shape[0]
@@ -79,11 +79,11 @@ class Session:
         if steps is None:
             raise ValueError(f"a model trained with {type(generator.objective).__name__} cannot write sequences")
         check_shape("seeds", seeds, "B")
-        self.generator, self._law, self._steps = generator, law, list(steps)
+        self.generator, self._laws, self._steps = generator, rows_by_law(law, batch_size), list(steps)
         device = next(generator.parameters()).device
         self._seeds = seeds.to(device)
         self._forced = check_forced(forced, batch_size, spec, device)
-        scales = guidance_scales(cfg_schedule, spec.seq_len)
+        scales = guidance_scales(cfg_schedule, batch_size, spec.seq_len)
         self._scales = None if scales is None else scales.to(device)
         self.ids = torch.full((batch_size, spec.seq_len), FREE, device=device)
         self._tokens = self._lay_out(condition, device)
@@ -115,9 +115,10 @@ class Session:
         step = self._steps[self._next]
         hidden = self._read(step)  # (B or 2 B, R, D)
         rows, reads = self.ids.shape[0], len(step.fill)
-        fill = torch.tensor(step.fill, device=hidden.device)
-        seeds, positions = self._seeds.repeat_interleave(reads), fill.repeat(rows)
-        scales = None if self._scales is None else self._scales[fill].repeat(rows)
+        fill = span(step.fill)
+        seeds = self._seeds if reads == 1 else self._seeds.repeat_interleave(reads)
+        positions = torch.tensor(step.fill, device=hidden.device).repeat(rows)
+        scales = None if self._scales is None else self._scales[:, fill].flatten()
         choose = partial(self._choose, seeds=seeds, positions=positions, scales=scales)
         head = cast(Head, self.generator.heads[step.head])
         chosen = head.sample(hidden.flatten(0, 1), Draw(seeds, positions, scales, choose)).unflatten(0, (rows, reads))
@@ -133,7 +134,13 @@ class Session:
         if scales is not None:
             cond, uncond = logits.chunk(2)
             logits = guide_logits(cond, uncond, scales)
-        return draw(self._law(logits), seeds, positions)
+        if len(self._laws) == 1:
+            return draw(self._laws[0][0](logits), seeds, positions)
+        reads, logprobs = len(logits) // self.ids.shape[0], torch.empty_like(logits, dtype=torch.float32)
+        for law, rows in self._laws:
+            of_rows = (rows[:, None] * reads + torch.arange(reads)).flatten().to(logits.device)
+            logprobs[of_rows] = law(logits[of_rows])
+        return draw(logprobs, seeds, positions)
 
     def _read(self, step: Step) -> Tensor:
         """Hidden vectors at the step's read positions, (B, R, D); rows without condition follow, if there are any."""
@@ -145,7 +152,7 @@ class Session:
         columns = list(range(prefix)) * first + [prefix + column for column in step.feed]
         hidden = backbone(
             torch.cat(embedded, dim=1),
-            self._positions[:, columns],
+            self._positions[:, span(columns)],
             AttentionPattern(step.attention),
             self._cache,
             cond_mask=self._cond_mask,
@@ -153,14 +160,14 @@ class Session:
         self._cache.commit()
         # column c of the sequence is at this place among the vectors just computed
         place = {column: number for number, column in enumerate([*range(-prefix, 0)] * first + [*step.feed])}
-        return hidden[:, [place[column] for column in step.read]]
+        return hidden[:, span([place[column] for column in step.read])]
 
     def _fed_tokens(self, step: Step) -> Tokens:
-        ids = self.ids[:, list(step.feed)]
-        tokens = self._tokens
+        tokens, fed = self._tokens, span(step.feed)
+        ids = self.ids[:, fed]
         columns = Tokens(
-            positions=tokens.positions[:, list(step.feed)],
-            group=tokens.group[:, list(step.feed)],
+            positions=tokens.positions[:, fed],
+            group=tokens.group[:, fed],
             ids=ids if self._scales is None else ids.repeat(2, 1),
             labels=tokens.labels,
             cond=tokens.cond,
@@ -178,12 +185,32 @@ class Session:
         return Tokens.of(self.generator.spec, ids=ids, **parts)
 
 
-def guidance_scales(cfg_schedule: CfgSchedule | None, seq_len: int) -> Tensor | None:
-    """cfg_scale of every token, (T,), float32; None when guidance is off throughout."""
-    if cfg_schedule is None:
-        return None
-    scales = torch.tensor([cfg_schedule(t / max(1, seq_len - 1)) for t in range(seq_len)])
-    return None if bool((scales == 1).all()) else scales
+def span(columns: Sequence[int]) -> slice | list[int]:
+    """Columns as an index: a slice where they follow each other, which copies nothing."""
+    if columns and list(columns) == list(range(columns[0], columns[0] + len(columns))):
+        return slice(columns[0], columns[0] + len(columns))
+    return list(columns)
+
+
+def rows_by_law(law: Law | Sequence[Law], batch_size: int) -> list[tuple[Law, Tensor]]:
+    """Every law with its rows, (R,); most batches have one."""
+    if isinstance(law, Law):
+        return [(law, torch.arange(batch_size))]
+    if len(law) != batch_size:
+        raise ValueError(f"law must be one or one per row, got {len(law)} for {batch_size} rows")
+    return [(one, torch.tensor([row for row in range(batch_size) if law[row] == one])) for one in dict.fromkeys(law)]
+
+
+def guidance_scales(
+    cfg_schedule: CfgSchedule | None | Sequence[CfgSchedule | None], batch_size: int, seq_len: int
+) -> Tensor | None:
+    """cfg_scale of every row and token, (B, T), float32; None when guidance is off throughout."""
+    schedules = cfg_schedule if isinstance(cfg_schedule, Sequence) else [cfg_schedule]
+    if len(schedules) not in (1, batch_size) or (isinstance(cfg_schedule, Sequence) and len(schedules) != batch_size):
+        raise ValueError(f"cfg_schedule must be one or one per row, got {len(schedules)} for {batch_size} rows")
+    places = [t / max(1, seq_len - 1) for t in range(seq_len)]
+    scales = torch.tensor([[1.0 if one is None else one(place) for place in places] for one in schedules])
+    return None if bool((scales == 1).all()) else scales.expand(batch_size, -1)
 
 
 def check_forced(forced: Tensor | None, batch_size: int, spec: TokenSpec, device: torch.device | str) -> Tensor | None:

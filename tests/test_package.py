@@ -27,6 +27,8 @@ MAX_LINES = 600
 SETUP_COMMANDS = {"run": "pip install -e . && python sample.py", "test": 'pip install -e ".[dev]" && python -m pytest'}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "skimage": "scikit-image"}
 """Where the name to import is not the name to install."""
+LATE = "_triton"
+"""Ends the names of files that import an extra at once, and so are imported late themselves."""
 
 FIRST = {"command_line", "interfaces", "shapes"}
 LOW = {"layers", "quantizers", "embeddings", "kernels"}
@@ -157,7 +159,11 @@ def test_imported_packages_are_declared_and_extras_are_imported_late(project: di
     for path in FILES + ENTRY_FILES:
         at_once, ever = foreign(imports_of(tree_of(path), is_function)), foreign(imports_of(tree_of(path)))
         assert ever - requirements(project).keys() == set(), f"{name_of(path)} must import only what is declared"
+        if path.stem.endswith(LATE):  # a file of its own for an extra
+            continue
         assert at_once - base == set(), f"{name_of(path)} must import extras inside functions; the base has none"
+        early = [name for name in imports_of(tree_of(path), is_function) if name.endswith(LATE)]
+        assert early == [], f"{name_of(path)} must import {early} inside functions"
 
 
 def test_every_file_of_a_bundled_model_is_packaged(project: dict[str, Any]) -> None:

@@ -365,6 +365,8 @@ class Backbone(Recorded, nn.Module, ABC):
     """Condition vectors before the first token, at least 1."""
     num_classes: int
     """Class ids it can be conditioned on, 0 when it takes none."""
+    fixed_step: bool = False
+    """True when `read_one` is always the same program, so that it can be captured."""
 
     @abstractmethod
     def embed_condition(self, tokens: Tokens) -> Tensor:
@@ -400,6 +402,10 @@ class Backbone(Recorded, nn.Module, ABC):
             kv_cache: where earlier keys and values are; new ones are staged there, the caller commits them.
             cond_mask: True for real condition vectors, (B, prefix_len).
         """
+
+    def read_one(self, embeddings: Tensor, positions: Tensor, kv_cache: Cache) -> Tensor:
+        """Hidden vectors (B, 1, D) of one new token of every row, staged in the cache; a causal step of `forward`."""
+        return self(embeddings, positions, AttentionPattern(), kv_cache)
 
     @abstractmethod
     def with_null_rows(self, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from vision_ar.layers.packed import pack
 from vision_ar.objectives.block import Block
 from vision_ar.objectives.masked import Masked
 from vision_ar.objectives.next_token import NextToken
+from vision_ar.sampler import loop
 from vision_ar.sampler.engine import Condition, Session, stream
 from vision_ar.sampler.guidance import constant, cosine, interval, linear
 from vision_ar.sampler.logits import Law
@@ -90,6 +92,47 @@ def test_a_sample_does_not_depend_on_its_batch(generator) -> None:
     together = write(generator, schedule=constant(2.0))
     alone = write(generator, LABELS[1:2], SEEDS[1:2], schedule=constant(2.0))
     assert torch.equal(together[1:2], alone)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+@pytest.mark.parametrize("schedule", [None, linear(4.0, 1.1)])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"rotary": "2d", "grid": (2, 4), "silent_prefix": True}, {"num_kv_heads": 1}, {"rotary": "none"}],
+    ids=str,
+)
+def test_the_fixed_program_equals_the_plain_sampler(settings, law, schedule) -> None:
+    generator = make_generator(**settings)
+    expected = [plain_sample(generator, int(c), int(s), law, schedule) for c, s in zip(LABELS, SEEDS, strict=True)]
+    session = Session(generator, Condition(labels=LABELS), SEEDS, law, schedule, fixed=True)
+    assert session._loop is not None
+    events = [event.ids for event in stream(session) if event.kind == "tokens"]
+    assert torch.equal(session.ids, torch.stack(expected))
+    for written, ids in enumerate(events, start=1):  # one column a step, from left to right
+        assert torch.equal(ids[:, :written], session.ids[:, :written]) and bool((ids[:, written:] == FREE).all())
+
+
+def test_the_fixed_program_keeps_forced_tokens(generator) -> None:
+    forced = torch.full((3, 8), FREE)
+    forced[:, 2], forced[1, 5] = 7, 3
+    session = Session(generator, Condition(labels=LABELS), SEEDS, forced=forced, fixed=True)
+    list(stream(session))
+    assert torch.equal(session.ids, write(generator, forced=forced))
+    assert session.ids[:, 2].tolist() == [7, 7, 7] and int(session.ids[1, 5]) == 3
+
+
+def test_steps_that_are_not_one_token_each_have_no_fixed_program(generator) -> None:
+    blocks, laws = make_generator(Block(2)), [Law(), Law(0), Law()]
+    assert Session(blocks, Condition(labels=LABELS), SEEDS, fixed=True)._loop is None
+    assert Session(generator, Condition(labels=LABELS), SEEDS, laws, fixed=True)._loop is None
+    assert Session(generator, Condition(labels=LABELS), SEEDS)._loop is None  # a CPU
+
+
+def test_the_fixed_program_is_taken_whole_by_the_compiler(generator, monkeypatch) -> None:
+    monkeypatch.setattr(loop.torch, "compile", partial(torch.compile, backend="eager"))
+    session = Session(generator, Condition(labels=LABELS), SEEDS, Law(0), constant(2.0), compile=True)
+    list(stream(session))
+    assert torch.equal(session.ids, write(generator, law=Law(0), schedule=constant(2.0)))
 
 
 def test_rows_of_different_settings_are_what_they_are_alone(generator) -> None:

@@ -21,7 +21,7 @@ def test_the_estimate_counts_the_cache_that_a_session_fills(objective, guided: b
     session = Session(generator, Condition(labels=torch.arange(batch)), torch.arange(batch), LAWS[1], schedule)
     while not session.done:
         session.step()
-    cache = session._cache
+    cache = session.cache
     cache.set_lengths(cache.lengths)  # all slots are there now
     held = cache.keys.nbytes + cache.values.nbytes
     reads = 1 if objective is None else 2

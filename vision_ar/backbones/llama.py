@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from vision_ar.interfaces import FREE, AttentionPattern, Backbone, Tokens, TokenSpec
 from vision_ar.layers.attention import Allowed, allow, attend
-from vision_ar.layers.kv_cache import ColumnCache, KVCache, OneSlot, new_cache
+from vision_ar.layers.kv_cache import ColumnCache, ColumnSlot, DeviceSlot, KVCache, new_cache
 from vision_ar.layers.mlp import SwiGLU
 from vision_ar.layers.packed import add_linear
 from vision_ar.layers.rope import apply_rotary, rotary_table
 
+Slot = ColumnSlot | DeviceSlot
 INIT_STD = 0.02
 NORM_EPS = 1e-5
 SILENT = -1  # position of a prefix vector whose queries and keys are zero, see `rotary_table`
@@ -83,6 +84,8 @@ class Llama(Backbone):
         mask_token: give hidden tokens (id -1) a vector of their own, for objectives that hide tokens.
         flex: FlexAttention instead of SDPA where a mask is needed, compiled on a GPU; a CPU trains with SDPA anyway.
     """
+
+    fixed_step = True
 
     def __init__(
         self,
@@ -198,14 +201,24 @@ class Llama(Backbone):
         """The same for one new token of every row on a CPU, with as few calls as it takes."""
         mask = allow(AttentionPattern(), 1, 0, embeddings.device, cache, cond_mask).mask
         assert mask is not None
+        return self._through(embeddings, positions, cache.stage_one(mask[:, 0]))
+
+    def read_one(self, embeddings: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:  # type: ignore[override]
+        """One new token of every row, its slots found on the device: shapes and program are always the same.
+
+        The caller counts `kv_cache.lengths` on.
+        """
+        return self._through(embeddings, positions, kv_cache.device_slots())
+
+    def _through(self, embeddings: Tensor, positions: Tensor, slots: Sequence[Slot]) -> Tensor:
+        """One token of every row through all blocks, (B, 1, D)."""
         table = None
         if self.rotary != "none":
             cos, sin = rotary_table(positions, self.head_dim)
-            table = torch.complex(cos, sin)[:, 0]  # (B, 1, E / 2)
-        mask = mask[:, 0].repeat_interleave(self.num_kv_heads, dim=0) if len(mask) > 1 else mask[:, 0]
+            table = cos[:, 0], sin[:, 0]  # (B, 1, E / 2) each
         x = embeddings[:, 0]
-        for layer, block in enumerate(cast(list[LlamaBlock], list(self.blocks))):
-            x = block.step(x, table, mask, cache.stage_one(layer))
+        for block, slot in zip(cast(list[LlamaBlock], list(self.blocks)), slots, strict=True):
+            x = block.step(x, table, slot)
         return self.norm(x)[:, None]
 
     def with_null_rows(self, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -267,27 +280,18 @@ class LlamaBlock(nn.Module):
         x = add_linear(self.out, attended, x)
         return self.mlp(self.mlp_norm(x), x)
 
-    def step(self, x: Tensor, table: Tensor | None, mask: Tensor, slots: OneSlot) -> Tensor:
+    def step(self, x: Tensor, table: tuple[Tensor, Tensor] | None, slot: Slot) -> Tensor:
         """One token of every row through the block, (B, D) to (B, D).
 
         Args:
             x: the stream.
-            table: turns of the rotary embedding, (B, 1, E / 2), complex; None for none.
-            mask: added to the scores, (1 or B K, 1, S).
-            slots: of this layer in the cache.
+            table: of the rotary embedding, (B, 1, E / 2) each; None for none.
+            slot: of this layer in the cache.
         """
-        batch, kv, width = x.shape[0], self.num_kv_heads, self.head_dim
-        heads = self.qkv(self.attention_norm(x)).view(batch, -1, width)
-        queries, keys, values = heads.split([self.num_heads, kv, kv], dim=1)
-        if table is not None:
-            pairs = torch.view_as_complex(heads[:, :-kv].float().view(batch, -1, width // 2, 2))
-            turned = torch.view_as_real(pairs * table).view(batch, -1, width)
-            queries, keys = turned.split([self.num_heads, kv], dim=1)
-        all_keys, all_values = slots.write(keys, values)  # (B K, E, S), (B K, S, E)
-        queries = queries.reshape(batch * kv, -1, width).to(x.dtype)
-        scores = torch.baddbmm(mask, queries, all_keys, alpha=width**-0.5)
-        attended = torch.bmm(scores.softmax(dim=-1), all_values).view(batch, -1)
-        x = add_linear(self.out, attended, x)
+        heads = self.qkv(self.attention_norm(x)).view(x.shape[0], -1, self.head_dim)
+        turned, values = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        queries, keys = apply_rotary(turned, table).split([self.num_heads, self.num_kv_heads], dim=1)
+        x = add_linear(self.out, slot.attend(queries, keys, values).flatten(1).to(x.dtype), x)
         return self.mlp(self.mlp_norm(x), x)
 
 

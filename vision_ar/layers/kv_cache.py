@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vision_ar.kernels.decode_attention import decode_attention
+
 
 class KVCache:
     """Keys and values of all layers in fixed buffers, (L, B, N, S, E) each.
@@ -68,6 +70,10 @@ class KVCache:
     def _readable(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """The first entries of all rows, while they are equally long."""
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def device_slots(self) -> list[DeviceSlot]:
+        """Where the next entry of every row goes in every layer, by `lengths` on the device; see `DeviceSlot`."""
+        return [DeviceSlot(*pair, self.lengths) for pair in zip(self.keys, self.values, strict=True)]
 
     def visible(self, new: int, staged_mask: Tensor | None = None) -> Tensor | None:
         """Who of `new` staged entries may see what `append` returns, (B or 1, new, S'); None when all may see all.
@@ -170,13 +176,20 @@ class ColumnCache(KVCache):
             seen = torch.ones(1, new, end, dtype=torch.bool)
         return F.pad(seen, (0, self.keys.shape[3] - end))
 
-    def stage_one(self, layer: int) -> OneSlot:
-        """Stage one entry of every row of a layer, equally long rows that have room; `OneSlot.write` fills it."""
+    def stage_one(self, mask: Tensor) -> list[ColumnSlot]:
+        """Stage one entry of every row, equally long rows that have room: where it goes in every layer.
+
+        Args:
+            mask: from `visible`, as it is added to scores, (1 or B, 1, S).
+        """
         assert self.common_length is not None
         self._staged = 1
         self._make_room(self.common_length + 1)
-        columns = self.keys.transpose(-1, -2)[layer]
-        return OneSlot(columns, self.values[layer], self.common_length)
+        if len(mask) > 1:
+            mask = mask.repeat_interleave(self.keys.shape[2], dim=0)
+        columns = self.keys.transpose(-1, -2)
+        pairs = zip(columns, self.values, strict=True)
+        return [ColumnSlot(keys, values, self.common_length, mask) for keys, values in pairs]
 
     def select(self, rows: Tensor) -> None:
         """As above."""
@@ -189,20 +202,49 @@ class ColumnCache(KVCache):
         super().set_lengths(lengths)
 
 
-class OneSlot(NamedTuple):
-    """Where the newest entry of every row of one layer goes."""
+class ColumnSlot(NamedTuple):
+    """Where the newest entry of every row of one layer of a `ColumnCache` goes."""
 
     columns: Tensor
-    """Keys by column, (B, N, E, S)."""
+    """Keys by column, (B, K, E, S)."""
     values: Tensor
-    """(B, N, S, E)."""
+    """(B, K, S, E)."""
     slot: int
+    mask: Tensor
+    """Added to the scores, (1 or B K, 1, S)."""
 
-    def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write entries (B, N, E) and return all slots, (B N, E, S) and (B N, S, E)."""
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Write one entry per row and read all, (B, N, E), in the dtype of the cache.
+
+        Args:
+            queries: (B, N, E), K dividing N.
+            keys: (B, K, E).
+            values: (B, K, E).
+        """
+        batch, kv, width, _ = self.columns.shape
         self.columns[..., self.slot].copy_(keys)
         self.values[:, :, self.slot].copy_(values)
-        return self.columns.flatten(0, 1), self.values.flatten(0, 1)
+        queries = queries.reshape(batch * kv, -1, width).to(self.values.dtype)
+        scores = torch.baddbmm(self.mask, queries, self.columns.flatten(0, 1), alpha=width**-0.5)
+        return torch.bmm(scores.softmax(dim=-1), self.values.flatten(0, 1)).view(batch, -1, width)
+
+
+class DeviceSlot(NamedTuple):
+    """The same for fixed buffers, with nothing decided on the host: the slot of a row is its length on the device."""
+
+    keys: Tensor
+    """(B, K, S, E)."""
+    values: Tensor
+    lengths: Tensor
+    """Committed entries of each row, (B,)."""
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """As `ColumnSlot.attend`; rows may have different lengths."""
+        batch, kv, _, width = self.keys.shape
+        index = self.lengths[:, None, None, None].expand(batch, kv, 1, width)
+        for buffer, entry in ((self.keys, keys), (self.values, values)):
+            buffer.scatter_(2, index, entry[:, :, None].to(buffer.dtype))
+        return decode_attention(queries.to(self.keys.dtype), self.keys, self.values, self.lengths + 1)
 
 
 def new_cache(depth: int, batch_size: int, num_heads: int, max_seq_len: int, head_dim: int, like: Tensor) -> KVCache:

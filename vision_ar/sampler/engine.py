@@ -18,6 +18,7 @@ from vision_ar.generator import Generator
 from vision_ar.interfaces import FREE, AttentionPattern, Draw, Head, Step, Tokenizer, Tokens, TokenSpec
 from vision_ar.sampler.guidance import CfgSchedule, guide_logits
 from vision_ar.sampler.logits import Law, draw
+from vision_ar.sampler.loop import TokenLoop
 from vision_ar.shapes import check_shape
 
 
@@ -63,6 +64,9 @@ class Session:
         law: temperature and filters, or one per row.
         cfg_schedule: guidance over the sequence; None is off; or one per row.
         forced: tokens that are already decided, (B, T), `FREE` where the model chooses.
+        fixed: write one token after the other as a fixed program, a CUDA graph on a GPU, where model and settings
+            allow it; None is on for a GPU and off for a CPU, which reads less without.
+        compile: the same, taken by `torch.compile`.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class Session:
         law: Law | Sequence[Law] = Law(),  # noqa: B008 immutable
         cfg_schedule: CfgSchedule | None | Sequence[CfgSchedule | None] = None,
         forced: Tensor | None = None,
+        fixed: bool | None = None,
+        compile: bool = False,  # noqa: A002 named as users name it
     ) -> None:
         spec, batch_size = generator.spec, seeds.shape[0]
         steps = generator.objective.steps(spec)
@@ -88,10 +94,11 @@ class Session:
         self.ids = torch.full((batch_size, spec.seq_len), FREE, device=device)
         self._tokens = self._lay_out(condition, device)
         backbone = generator.backbone
-        self._positions = backbone.place(self._tokens)
-        self._cache = backbone.new_cache(self._tokens.batch_size)
-        self._cond_mask = self._tokens.cond_mask
+        self.positions = backbone.place(self._tokens)
+        self.cache = backbone.new_cache(self._tokens.batch_size)
         self._next = 0
+        fixed = device.type == "cuda" if fixed is None else fixed
+        self._loop = TokenLoop(self, compile) if (fixed or compile) and TokenLoop.can(self, self._steps) else None
 
     @property
     def done(self) -> bool:
@@ -103,6 +110,16 @@ class Session:
         """Number of tokens written per sample."""
         return sum(len(step.fill) for step in self._steps[: self._next])
 
+    @property
+    def one_law(self) -> bool:
+        """True when all rows have the same law."""
+        return len(self._laws) == 1
+
+    @property
+    def masked(self) -> bool:
+        """True when parts of the condition are padding."""
+        return self._tokens.cond_mask is not None
+
     @torch.inference_mode()
     def step(self) -> Step:
         """Take the next step: read what is new, draw, write; return what was filled.
@@ -113,28 +130,36 @@ class Session:
         if self.done:
             raise RuntimeError("step must not be called on a finished session")
         step = self._steps[self._next]
-        hidden = self._read(step)  # (B or 2 B, R, D)
-        rows, reads = self.ids.shape[0], len(step.fill)
-        fill = span(step.fill)
-        seeds = self._seeds if reads == 1 else self._seeds.repeat_interleave(reads)
-        positions = torch.tensor(step.fill, device=hidden.device).repeat(rows)
-        scales = None if self._scales is None else self._scales[:, fill].flatten()
-        choose = partial(self._choose, seeds=seeds, positions=positions, scales=scales)
-        head = cast(Head, self.generator.heads[step.head])
-        chosen = head.sample(hidden.flatten(0, 1), Draw(seeds, positions, scales, choose)).unflatten(0, (rows, reads))
-        if self._forced is not None:
-            decided = self._forced[:, fill]
-            chosen = torch.where(decided == FREE, chosen, decided)
-        self.ids[:, fill] = chosen
+        if self._loop is not None and self._next:
+            self._loop.advance()
+        else:
+            fill = torch.tensor(step.fill, device=self.ids.device)
+            self.ids[:, span(step.fill)] = self.choose(self._read(step), fill, step.head)
+            if self._loop is not None:
+                self.cache.set_lengths(self.cache.lengths)  # all slots, counted on the device from here on
         self._next += 1
         return step
+
+    def choose(self, hidden: Tensor, fill: Tensor, head: str) -> Tensor:
+        """Tokens (B, R) of columns `fill`, (R,), from hidden vectors (B or 2 B, R, D), or those that were forced."""
+        rows, reads = self.ids.shape[0], len(fill)
+        seeds = self._seeds if reads == 1 else self._seeds.repeat_interleave(reads)
+        positions = fill.repeat(rows)
+        scales = None if self._scales is None else self._scales[:, fill].flatten()
+        draw_from = partial(self._choose, seeds=seeds, positions=positions, scales=scales)
+        draws = Draw(seeds, positions, scales, draw_from)
+        chosen = cast(Head, self.generator.heads[head]).sample(hidden.flatten(0, 1), draws).unflatten(0, (rows, reads))
+        if self._forced is None:
+            return chosen
+        decided = self._forced[:, fill]
+        return torch.where(decided == FREE, chosen, decided)
 
     def _choose(self, logits: Tensor, seeds: Tensor, positions: Tensor, scales: Tensor | None) -> Tensor:
         """Guidance, law and keyed draw: ids (Q,) of logits (Q or 2 Q, V)."""
         if scales is not None:
             cond, uncond = logits.chunk(2)
             logits = guide_logits(cond, uncond, scales)
-        if len(self._laws) == 1:
+        if self.one_law:
             return draw(self._laws[0][0](logits), seeds, positions)
         reads, logprobs = len(logits) // self.ids.shape[0], torch.empty_like(logits, dtype=torch.float32)
         for law, rows in self._laws:
@@ -146,34 +171,33 @@ class Session:
         """Hidden vectors at the step's read positions, (B, R, D); rows without condition follow, if there are any."""
         backbone, prefix = self.generator.backbone, self.generator.backbone.prefix_len
         first = self._next == 0
-        fed = self._fed_tokens(step)
+        fed = self.fed(span(step.feed))
         embedded = [backbone.embed_condition(fed)] if first else []
         embedded += [backbone.embed_tokens(fed)] if step.feed else []
         columns = list(range(prefix)) * first + [prefix + column for column in step.feed]
         hidden = backbone(
             torch.cat(embedded, dim=1),
-            self._positions[:, span(columns)],
+            self.positions[:, span(columns)],
             AttentionPattern(step.attention),
-            self._cache,
-            cond_mask=self._cond_mask,
+            self.cache,
+            cond_mask=self._tokens.cond_mask,
         )
-        self._cache.commit()
+        self.cache.commit()
         # column c of the sequence is at this place among the vectors just computed
         place = {column: number for number, column in enumerate([*range(-prefix, 0)] * first + [*step.feed])}
         return hidden[:, span([place[column] for column in step.read])]
 
-    def _fed_tokens(self, step: Step) -> Tokens:
-        tokens, fed = self._tokens, span(step.feed)
-        ids = self.ids[:, fed]
-        columns = Tokens(
-            positions=tokens.positions[:, fed],
-            group=tokens.group[:, fed],
+    def fed(self, columns: slice | list[int] | Tensor) -> Tokens:
+        """Columns of the sequences as the backbone reads them."""
+        tokens, ids = self._tokens, self.ids[:, columns]
+        return Tokens(
+            positions=tokens.positions[:, columns],
+            group=tokens.group[:, columns],
             ids=ids if self._scales is None else ids.repeat(2, 1),
             labels=tokens.labels,
             cond=tokens.cond,
             cond_mask=tokens.cond_mask,
         )
-        return columns
 
     def _lay_out(self, condition: Condition, device: torch.device) -> Tokens:
         """The whole sequence with its condition; with guidance, unconditional rows follow the conditional ones."""

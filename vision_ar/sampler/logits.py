@@ -76,7 +76,7 @@ def draw(logprobs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     Returns:
         Tokens (Q,), int64; a function of the row's law, seed and position alone.
     """
-    if logprobs.device.type == "cpu":
+    if logprobs.device.type == "cpu" and not torch.compiler.is_compiling():
         rows = max(1, DRAWN_TOGETHER // logprobs.shape[-1])
         parts = zip(logprobs.split(rows), seeds.split(rows), positions.split(rows), strict=True)
         return torch.cat([draw_some(*part) for part in parts])

@@ -5,9 +5,10 @@ Rows, all of one size, with guidance (two rows an image) and random weights:
     plain          a loop in the manner of the published code: key-value buffers of full length, masked scores of all
                    slots, separate gate and up weights, one product of float32 logits
     transformers   `generate` of transformers' Llama on twice the batch with its static cache, without guidance
-    ours           `Session` as `vision_ar.load` prepares it
-    ours compiled  the same with `torch.compile` over the step
-    ours int8      the same with weights of 8 bits (CPU)
+    ours           `Session` as `vision_ar.load` prepares it; on a GPU a CUDA graph over the step
+    ours eager     the same without the graph (GPU)
+    ours compiled  the step taken by `torch.compile`
+    ours int8      with weights of 8 bits (CPU)
 
 Every row is a process of its own, so that its peak memory is its own; the rows run one after the other, `--rounds`
 times in turn, and the best round counts. The limit is the time to read weights and cache once a token at the bandwidth
@@ -39,9 +40,12 @@ from vision_ar.layers.packed import pack, packs
 from vision_ar.objectives.next_token import NextToken
 from vision_ar.sampler.engine import Condition, Session
 from vision_ar.sampler.guidance import constant
+from vision_ar.sampler.limit import bandwidth, wait
 
 VOCAB, CFG_SCALE = 16384, 4.0
-ROWS = ("plain", "transformers", "ours", "ours compiled", "ours int8")
+ROWS = ("plain", "transformers", "ours", "ours eager", "ours compiled", "ours int8")
+USUAL = {"cpu": ("plain", "transformers", "ours", "ours int8"), "cuda": ROWS[:-1]}
+"""Rows that are measured unless others are named."""
 Steps = Callable[[], list[float]]
 """Writes one batch of images and returns the seconds of every token."""
 
@@ -59,15 +63,15 @@ def make_generator(size: str, seq_len: int, dtype: torch.dtype, device: str) -> 
 def ours(size: str, batch: int, seq_len: int, dtype: torch.dtype, device: str, row: str) -> Steps:
     """This project's sampler."""
     generator = make_generator(size, seq_len, dtype, device)
-    if row == "ours compiled":
-        torch._inductor.config.freezing = True
-        generator.requires_grad_(False).backbone.compile(dynamic=True)
-    else:
+    compiled = row == "ours compiled"
+    if not compiled:  # the compiler lays weights out itself
         pack(generator, "int8" if row == "ours int8" else None)
+    fixed = False if row == "ours eager" else None
 
     def steps() -> list[float]:
         condition = Condition(labels=torch.arange(batch) % 1000)
-        session = Session(generator, condition, torch.arange(batch), cfg_schedule=constant(CFG_SCALE))
+        session = Session(generator, condition, torch.arange(batch), cfg_schedule=constant(CFG_SCALE), fixed=fixed,
+                          compile=compiled)  # fmt: skip
         seconds = []
         while not session.done:
             start = time.perf_counter()
@@ -168,12 +172,6 @@ def transformers_generate(size: str, batch: int, seq_len: int, dtype: torch.dtyp
     return steps
 
 
-def wait(device: str) -> None:
-    """Until the device has done what it was told."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def peak_bytes(device: str) -> int:
     """Most memory that this process ever held: of the GPU, else resident (Linux)."""
     if device == "cuda":
@@ -193,18 +191,6 @@ def cache_bytes(size: str, batch: int, seq_len: int, bytes_each: float) -> float
     """Bytes of keys and values that a token reads, on average over the sequence."""
     dim, depth, _ = PRESETS[size]
     return bytes_each * 2 * depth * dim * 2 * batch * (seq_len + 1) / 2
-
-
-def bandwidth(num_bytes: float, device: str) -> float:
-    """Bytes a second that reading so many of them reaches: the best of ten sums."""
-    block = torch.ones(int(num_bytes) // 4, device=device)
-    best = 0.0
-    for _ in range(10):
-        start = time.perf_counter()
-        block.sum()
-        wait(device)
-        best = max(best, num_bytes / (time.perf_counter() - start))
-    return best
 
 
 def measure(given: argparse.Namespace) -> None:
@@ -235,7 +221,7 @@ def run_row(given: argparse.Namespace, row: str, dtype: str, batch: int) -> dict
 def plan(given: argparse.Namespace) -> list[tuple[str, str]]:
     """Rows and dtypes that this machine has."""
     dtypes = ["float32"] + ["bfloat16"] * (given.device == "cuda" or packs(torch.bfloat16))
-    pairs = [(row, dtype) for row in given.rows for dtype in dtypes]
+    pairs = [(row, dtype) for row in given.rows or USUAL[given.device] for dtype in dtypes]
     return [
         (row, dtype) for row, dtype in pairs if row != "ours int8" or (dtype == dtypes[-1] and given.device == "cpu")
     ]
@@ -248,7 +234,7 @@ def main() -> None:
     p.add_argument("--batch", type=int, nargs="+", default=[1], help="images at a time")
     p.add_argument("--seq-len", type=int, default=256, help="tokens of an image")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
+    p.add_argument("--rows", nargs="+", choices=ROWS, help="default: all that make sense on the device")
     p.add_argument("--rounds", type=int, default=2, help="times that all rows are measured, the best counts")
     p.add_argument("--repeats", type=int, default=2, help="batches in a round, the best counts")
     p.add_argument("--out", type=Path, help="JSON file to write")

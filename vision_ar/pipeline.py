@@ -117,6 +117,7 @@ class Pipeline:
         self.class_names, self.name, self.digest = list(class_names), name, digest
         self.defaults = dict(defaults or {})
         self.quantize: str | None = None
+        self.compile = False
 
     @property
     def num_classes(self) -> int:
@@ -167,9 +168,12 @@ class Pipeline:
 
     def check_batch(self, batch_size: int, **settings: Any) -> str:
         """Say what a batch with these settings needs, see `sampler.memory.check_batch`."""
+        return check_batch(self.generator, batch_size, self.guided(**settings))
+
+    def guided(self, **settings: Any) -> bool:
+        """True when these settings need a second row for every image, without its condition."""
         schedule = self.settings(**settings).schedule()
-        guided = guidance_scales(schedule, 1, self.generator.spec.seq_len) is not None
-        return check_batch(self.generator, batch_size, guided)
+        return guidance_scales(schedule, 1, self.generator.spec.seq_len) is not None
 
     def stream(
         self,
@@ -200,9 +204,9 @@ class Pipeline:
         condition = Condition(labels=torch.tensor(self.check_labels(labels)))
         laws, schedules = [one.law() for one in chosen], [one.schedule() for one in chosen]
         if each is None:
-            session = Session(self.generator, condition, seeds, laws[0], schedules[0], forced)
+            session = Session(self.generator, condition, seeds, laws[0], schedules[0], forced, compile=self.compile)
         else:
-            session = Session(self.generator, condition, seeds, laws, schedules, forced)
+            session = Session(self.generator, condition, seeds, laws, schedules, forced, compile=self.compile)
         return stream(session, self.tokenizer if previews else None, seeds.to(self.device))
 
     def sample(
@@ -304,6 +308,7 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     quantize: str | None = None,
+    compile: bool = False,  # noqa: A002 named as users name it
 ) -> Pipeline:
     """Open a model for sampling; `checkpoints.store.load_model` opens one that can be trained.
 
@@ -312,6 +317,8 @@ def load(
         device: where to.
         dtype: of the generator.
         quantize: see `Pipeline.prepare`.
+        compile: let `torch.compile` take the step from token to token, where model and settings allow it. It takes half
+            a minute before the first image and pays on a GPU.
 
     Raises:
         FileNotFoundError: when there is no such model.
@@ -324,4 +331,8 @@ def load(
     pipe = Pipeline(
         saved.tokenizer, saved.generator, described.class_names, described.sampling, saved.name, saved.digest
     )
-    return pipe.to(device, dtype).prepare(quantize)
+    if compile and quantize is not None:
+        raise ValueError(f"quantize must be left out with compile, got {quantize}")
+    pipe.to(device, dtype)
+    pipe.compile = compile
+    return pipe if compile else pipe.prepare(quantize)  # the compiler lays weights out itself

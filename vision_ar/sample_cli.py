@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ from vision_ar.interfaces import ImageTokenizer
 from vision_ar.pictures import columns_for, grid, read_image, save_previews, to_pil
 from vision_ar.pipeline import Pipeline, Samples, load
 from vision_ar.sampler.engine import Event
+from vision_ar.sampler.limit import token_seconds
 from vision_ar.sampling_options import (
     add_sampling_options,
     add_weight_options,
@@ -49,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
     add_weight_options(p)
     p.add_argument("--previews", action="store_true", help="also write previews.png and previews.gif")
+    p.add_argument("--roofline", action="store_true", help="also print how near to the limit of the machine it was")
     p.add_argument("--prefix-from", type=Path, metavar="IMAGE", help="keep the first tokens of this picture")
     p.add_argument("--prefix-tokens", type=int, default=16, help="how many tokens --prefix-from keeps (default 16)")
     return p
@@ -83,31 +86,51 @@ def sample_to_folder(pipe: Pipeline, given: argparse.Namespace) -> None:
     if given.batch_size >= 1:
         print(pipe.check_batch(min(given.batch_size, given.num), **vars(settings)))
     start = time.perf_counter()
-    samples = run_with_bar(pipe, labels, given, forced, vars(settings))
+    spent: list[float] = []
+    samples = run_with_bar(pipe, labels, given, forced, vars(settings), spent)
     seconds = round(time.perf_counter() - start, 3)
-    used = {**vars(settings), "dtype": given.dtype, "quantize": given.quantize, "batch_size": given.batch_size}
+    used = {**vars(settings), **pipe.weights(), "batch_size": given.batch_size}
     if forced is not None:
         used |= {"prefix_from": str(given.prefix_from), "prefix_tokens": given.prefix_tokens}
     report = {"model": {"name": pipe.name, "hash": pipe.digest}, "settings": used, "seconds": seconds}
     write_folder(given.out, samples, report)
     rate = f"{given.num / seconds:.1f} images/s" if seconds else "at once"
     print(f"{given.num} images in {seconds:.1f} s ({rate}) in {given.out}/, see {given.out / 'grid.png'}")
+    if given.roofline:
+        print(roofline(pipe, min(given.batch_size, given.num), vars(settings), statistics.median(spent)))
+
+
+def roofline(pipe: Pipeline, batch_size: int, settings: dict[str, Any], seconds: float) -> str:
+    """How near a step came to the time that reading weights and cache takes."""
+    limit = token_seconds(pipe.generator, batch_size * (2 if pipe.guided(**settings) else 1))
+    return (
+        f"a step of {batch_size} images took {1e3 * seconds:.2f} ms; reading weights and cache once takes "
+        f"{1e3 * limit:.2f} ms here: {limit / seconds:.0%} of the limit"
+    )
 
 
 def run_with_bar(
-    pipe: Pipeline, labels: list[int], given: argparse.Namespace, forced: Tensor | None, settings: dict[str, Any]
+    pipe: Pipeline,
+    labels: list[int],
+    given: argparse.Namespace,
+    forced: Tensor | None,
+    settings: dict[str, Any],
+    spent: list[float],
 ) -> Samples:
-    """Sample with a progress bar on a terminal."""
+    """Sample with a progress bar on a terminal; `spent` gets the seconds of every step."""
     total = pipe.tokenizer.spec.seq_len * len(labels)
     with tqdm(total=total, unit="tok", disable=not sys.stderr.isatty()) as bar:
-        written = {"batch": 0}
+        written, last = {"batch": 0}, [time.perf_counter()]
 
         def advance(event: Event, rows: int) -> None:
+            now = time.perf_counter()
             if event.kind == "tokens":
+                spent.append(now - last[0])
                 bar.update((event.written - written["batch"]) * rows)
                 written["batch"] = event.written
             elif event.kind == "done":
                 written["batch"] = 0
+            last[0] = now
 
         batches = pipe.sample_batches(
             labels, given.seed, given.batch_size, forced, given.previews, on_event=advance, **settings

@@ -33,11 +33,12 @@ def add_weight_options(p: argparse.ArgumentParser) -> None:
     """Add the options that say how the weights of the generator are held."""
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the generator (default float32)")
     p.add_argument("--quantize", choices=QUANTIZE, help="weights of 8 bits, on a CPU; for few images at a time")
+    p.add_argument("--compile", action="store_true", help="let torch.compile take the step; pays on a GPU")
 
 
 def weight_options(given: argparse.Namespace) -> dict[str, Any]:
     """The same as `pipeline.load` takes them."""
-    return {"dtype": DTYPES[given.dtype], "quantize": given.quantize}
+    return {"dtype": DTYPES[given.dtype], "quantize": given.quantize, "compile": given.compile}
 
 
 def sampling_options(given: argparse.Namespace) -> dict[str, Any]:

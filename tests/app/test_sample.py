@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from vision_ar.generator import Generator
 from vision_ar.objectives.next_token import NextToken
 from vision_ar.pictures import read_image
 from vision_ar.sample_cli import main
+from vision_ar.sampler import memory
 from vision_ar.tokenizers.diffusion import DiffusionTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -218,6 +220,37 @@ def test_a_config_cannot_name_foreign_code(model, tmp_path, capsys) -> None:
     assert "class_path must name a class of vision_ar" in refused(
         capsys, "--model", str(broken), "--out", str(tmp_path / "out")
     )
+
+
+def test_weights_of_8_bits_are_an_option_that_the_report_names(model, tmp_path, capsys) -> None:
+    plain = sample(model, tmp_path / "plain", "--num", "3")
+    coarse = sample(model, tmp_path / "coarse", "--num", "3", "--quantize", "int8", "--roofline")
+    assert (plain["settings"]["quantize"], coarse["settings"]["quantize"]) == (None, "int8")
+    out = capsys.readouterr().out
+    assert "3 images at a time need" in out  # before the images
+    assert re.search(r"a step of 3 images took [0-9.]+ ms; .* [0-9.]+ ms here: [0-9]+% of the limit", out)
+    message = refused(capsys, "--model", str(model), "--out", str(tmp_path), "--quantize", "int8", "--compile")
+    assert "quantize must be left out with compile, got int8" in message
+
+
+def test_a_batch_that_will_not_fit_is_refused_with_one_that_would(model, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 40_000)
+    message = refused(capsys, "--model", str(model), "--out", str(tmp_path / "out"), "--num", "64")
+    fits = int(re.search("batch_size must be at most ([0-9]+) here, got 64", message)[1])
+    assert 0 < fits < 64 and not (tmp_path / "out").exists()
+    capsys.readouterr()
+    sample(model, tmp_path / "out", "--num", "3", "--batch-size", str(min(fits, 3)))
+
+
+def test_images_of_one_batch_may_have_settings_of_their_own(model) -> None:
+    pipe = vision_ar.load(model)
+    each = [{"cfg_scale": 1.0}, {"temperature": 0.0}, {"cfg_scale": 3.0, "top_k": 2}]
+    together = pipe.sample([0, 1, 2], seed=4, each=each, batch_size=2)
+    for number, own in enumerate(each):
+        alone = pipe.sample([number], seed=4 + number, **own)
+        assert torch.equal(together.ids[number], alone.ids[0])
+    with pytest.raises(ValueError, match="each must have settings for every image, got 1 for 2 images"):
+        list(pipe.stream([0, 1], each=[{}]))
 
 
 def test_the_script_itself_runs(model, tmp_path) -> None:

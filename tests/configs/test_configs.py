@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 OVERLAYS = {
     "dar_cifar10_reversed": "dar_cifar10",
+    "dar_fashion_reversed": "dar_fashion",
     "dar_cifar10_decoder": "dar_cifar10",
 }  # these change a few lines of another config
 EMBEDDED = [path for path in CONFIGS if "digits" in path.name]
@@ -84,7 +85,7 @@ TOKENIZER = str(ROOT / "configs" / "tokenizers" / "dar_digits.yaml")
                 "--data.init_args.channels=3",
                 "--trainer.max_steps=1",
             ],
-            "losses.lpips must be 0 unless torchvision can load VGG-16",
+            "LPIPS needs the weights of VGG-16 in",
         ),
         (
             [

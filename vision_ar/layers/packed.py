@@ -30,6 +30,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._bias = None if linear.bias is None else linear.bias.detach()
+        self.weight_bytes = linear.weight.nbytes
         self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), EXPECTED_ROWS)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -59,14 +60,16 @@ class Int8Linear(nn.Module):
         self._bias = None if linear.bias is None else linear.bias.detach()
         self._weight = (weight / scales[:, None]).round().to(torch.int8)
         self._scales = scales.to(torch.bfloat16)
+        self.weight_bytes = self._weight.nbytes
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         raise RuntimeError("weights of 8 bits must not be saved, they lost precision; load the model without quantize")
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """(..., in) to (..., out) in the dtype of `x`, plus `add` of that shape."""
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
-        out = torch._weight_int8pack_mm(rows, self._weight, self._scales).view(*x.shape[:-1], -1).to(x.dtype)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        out = torch._weight_int8pack_mm(rows.to(torch.bfloat16), self._weight, self._scales).to(x.dtype)
+        out = out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
         if self._bias is not None:
             out = out + self._bias.to(x.dtype)
         return out if add is None else out.add_(add)

@@ -97,6 +97,7 @@ class Session:
         self.positions = backbone.place(self._tokens)
         self.cache = backbone.new_cache(self._tokens.batch_size)
         self._next = 0
+        self._no_gradient = torch.no_grad if compile else torch.inference_mode  # the compiler takes no inference tensor
         fixed = device.type == "cuda" if fixed is None else fixed
         self._loop = TokenLoop(self, compile) if (fixed or compile) and TokenLoop.can(self, self._steps) else None
 
@@ -120,7 +121,6 @@ class Session:
         """True when parts of the condition are padding."""
         return self._tokens.cond_mask is not None
 
-    @torch.inference_mode()
     def step(self) -> Step:
         """Take the next step: read what is new, draw, write; return what was filled.
 
@@ -130,13 +130,14 @@ class Session:
         if self.done:
             raise RuntimeError("step must not be called on a finished session")
         step = self._steps[self._next]
-        if self._loop is not None and self._next:
-            self._loop.advance()
-        else:
-            fill = torch.tensor(step.fill, device=self.ids.device)
-            self.ids[:, span(step.fill)] = self.choose(self._read(step), fill, step.head)
-            if self._loop is not None:
-                self.cache.set_lengths(self.cache.lengths)  # all slots, counted on the device from here on
+        with self._no_gradient():
+            if self._loop is not None and self._next:
+                self._loop.advance()
+            else:
+                fill = torch.tensor(step.fill, device=self.ids.device)
+                self.ids[:, span(step.fill)] = self.choose(self._read(step), fill, step.head)
+                if self._loop is not None:
+                    self.cache.set_lengths(self.cache.lengths)  # all slots, counted on the device from here on
         self._next += 1
         return step
 

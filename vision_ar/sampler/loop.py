@@ -75,7 +75,6 @@ class TokenLoop:
                 self._run()
         self._graph.replay()
 
-    @torch.inference_mode()
     def run(self) -> None:
         """The program."""
         session, column = self._session, self._column

@@ -891,5 +891,8 @@ def test_two_processes_make_the_images_and_the_score_of_one(model, tmp_path) -> 
     )
     assert done.returncode == 0, done.stderr[-2000:]
     two = read(tmp_path / "two" / "result.json")
-    assert without_times(two) == without_times(one)
+    scores = [result.pop("scores") for result in (one, two)]
+    assert without_times(two) == without_times(one)  # the digest of the images among it
+    # the processes have one thread each, and sums of float32 differ in their last digits with the threads
+    assert scores[1] == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in scores[0].items()}
     assert done.stdout.count("protocol digits-fast, PARTIAL, 80 of 100 images") == 1  # the first process speaks for all

@@ -36,11 +36,12 @@ from vision_ar.backbones.llama import PRESETS, Llama, LlamaSize
 from vision_ar.command_line import OneLineParser
 from vision_ar.generator import Generator
 from vision_ar.interfaces import TokenSpec
+from vision_ar.layers.mlp import swiglu_width
 from vision_ar.layers.packed import pack, packs
 from vision_ar.objectives.next_token import NextToken
 from vision_ar.sampler.engine import Condition, Session
 from vision_ar.sampler.guidance import constant
-from vision_ar.sampler.limit import bandwidth, wait
+from vision_ar.sampler.limit import bandwidth, wait, weight_bytes
 
 VOCAB, CFG_SCALE = 16384, 4.0
 ROWS = ("plain", "transformers", "ours", "ours eager", "ours compiled", "ours int8")
@@ -86,7 +87,7 @@ def ours(size: str, batch: int, seq_len: int, dtype: torch.dtype, device: str, r
 def plain(size: str, batch: int, seq_len: int, dtype: torch.dtype, device: str, row: str) -> Steps:
     """What published samplers do, with the shapes of the same model."""
     dim, depth, heads = PRESETS[size]
-    width, hidden, slots, rows = dim // heads, 256 * -(-int(8 * dim / 3) // 256), seq_len + 1, 2 * batch
+    width, hidden, slots, rows = dim // heads, swiglu_width(dim), seq_len + 1, 2 * batch
     torch.manual_seed(0)
 
     def weight(*shape: int) -> Tensor:
@@ -151,7 +152,7 @@ def transformers_generate(size: str, batch: int, seq_len: int, dtype: torch.dtyp
     logging.set_verbosity_error()
     dim, depth, heads = PRESETS[size]
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=dim, intermediate_size=256 * -(-int(8 * dim / 3) // 256), num_hidden_layers=depth,
+        vocab_size=VOCAB, hidden_size=dim, intermediate_size=swiglu_width(dim), num_hidden_layers=depth,
         num_attention_heads=heads, max_position_embeddings=seq_len + 1, tie_word_embeddings=False,
         bos_token_id=0, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
@@ -180,17 +181,11 @@ def peak_bytes(device: str) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def weight_bytes(size: str, bytes_each: float) -> float:
-    """Bytes of weights that one token reads; tables of which it reads one row are left out."""
-    dim, depth, _ = PRESETS[size]
-    hidden = 256 * -(-int(8 * dim / 3) // 256)
-    return bytes_each * (depth * (4 * dim * dim + 3 * dim * hidden) + VOCAB * dim)
-
-
-def cache_bytes(size: str, batch: int, seq_len: int, bytes_each: float) -> float:
-    """Bytes of keys and values that a token reads, on average over the sequence."""
-    dim, depth, _ = PRESETS[size]
-    return bytes_each * 2 * depth * dim * 2 * batch * (seq_len + 1) / 2
+def least_bytes(size: str, batch: int, seq_len: int, dtype: str, row: str) -> float:
+    """Bytes that a token reads at least: all weights, and on average half of the cache."""
+    generator = make_generator(size, seq_len, getattr(torch, dtype), "meta")
+    weights = weight_bytes(generator) / (generator.backbone.norm.weight.element_size() if row == "ours int8" else 1)
+    return weights + 2 * batch * generator.backbone.new_cache(1).full_bytes / 2
 
 
 def measure(given: argparse.Namespace) -> None:
@@ -249,15 +244,14 @@ def main() -> None:
         best: dict[tuple[str, str], dict[str, float]] = {}
         reached = 0.0
         for _ in range(given.rounds):
-            reached = max(reached, bandwidth(weight_bytes(given.size, 4), given.device))
+            amount = least_bytes(given.size, 1, given.seq_len, "float32", "plain")
+            reached = max(reached, bandwidth(amount, given.device))
             for row, dtype in plan(given):
                 found = run_row(given, row, dtype, batch)
                 if (row, dtype) not in best or found["seconds"] < best[row, dtype]["seconds"]:
                     best[row, dtype] = found
         for (row, dtype), found in best.items():
-            each = 4 if dtype == "float32" else 2
-            weights = weight_bytes(given.size, 1 if row == "ours int8" else each)
-            limit = (weights + cache_bytes(given.size, batch, given.seq_len, each)) / reached * given.seq_len
+            limit = least_bytes(given.size, batch, given.seq_len, dtype, row) / reached * given.seq_len
             table.append({"size": given.size, "batch": batch, "row": row, "dtype": dtype, **found, "limit": limit,
                           "tokens_per_s": batch * given.seq_len / found["seconds"]})  # fmt: skip
     show(table, given, reached)

@@ -200,13 +200,12 @@ class Pipeline:
         if each is not None and len(each) != len(labels):
             raise ValueError(f"each must have settings for every image, got {len(each)} for {len(labels)} images")
         chosen = [self.settings(**{**settings, **own}) for own in ([{}] if each is None else each)]
+        laws, schedules = [one.law() for one in chosen], [one.schedule() for one in chosen]
+        law: Any = laws[0] if each is None else laws
+        schedule: Any = schedules[0] if each is None else schedules
         seeds = torch.tensor(spread_seeds(seed, len(labels)))
         condition = Condition(labels=torch.tensor(self.check_labels(labels)))
-        laws, schedules = [one.law() for one in chosen], [one.schedule() for one in chosen]
-        if each is None:
-            session = Session(self.generator, condition, seeds, laws[0], schedules[0], forced, compile=self.compile)
-        else:
-            session = Session(self.generator, condition, seeds, laws, schedules, forced, compile=self.compile)
+        session = Session(self.generator, condition, seeds, law, schedule, forced, compile=self.compile)
         return stream(session, self.tokenizer if previews else None, seeds.to(self.device))
 
     def sample(

@@ -62,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> None:
     given = parser().parse_args(args)
     try:
         check_writable(given.out)
-        pipe = load(given.model, pick_device(given.device), **weight_options(given))
+        pipe = load(given.model, pick_device(given.device), compile=given.compile, **weight_options(given))
         sample_to_folder(pipe, given)
     except USER_ERRORS as error:
         fail(error)

@@ -27,18 +27,18 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--top-k", type=int, help="keep the k most likely tokens")
     p.add_argument("--top-p", type=float, help="keep the most likely tokens up to this probability")
     p.add_argument("--min-p", type=float, help="keep tokens at least this share as likely as the best")
+    p.add_argument("--compile", action="store_true", help="let torch.compile take the step; pays on a GPU")
 
 
 def add_weight_options(p: argparse.ArgumentParser) -> None:
     """Add the options that say how the weights of the generator are held."""
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the generator (default float32)")
     p.add_argument("--quantize", choices=QUANTIZE, help="weights of 8 bits, on a CPU; for few images at a time")
-    p.add_argument("--compile", action="store_true", help="let torch.compile take the step; pays on a GPU")
 
 
 def weight_options(given: argparse.Namespace) -> dict[str, Any]:
     """The same as `pipeline.load` takes them."""
-    return {"dtype": DTYPES[given.dtype], "quantize": given.quantize, "compile": given.compile}
+    return {"dtype": DTYPES[given.dtype], "quantize": given.quantize}
 
 
 def sampling_options(given: argparse.Namespace) -> dict[str, Any]:

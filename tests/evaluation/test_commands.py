@@ -680,7 +680,8 @@ def test_an_option_that_would_be_ignored_is_refused(model, short_reconstruction,
     images = write_pngs(tmp_path / "images", digits(0, NUM))
     given = [arg.format(images=images, out=tmp_path / "out", model=model) for arg in args]
     where = ["--protocol", "recon-digits", "--data", "digits"] if args[0] == "reconstruct" else DIGITS[:2]
-    refused(capsys, *given, *where)
+    error = refused(capsys, *given, *where)
+    assert args[-2].strip("-") in error and not (tmp_path / "out").exists()
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(model, sampled, tmp_path, capsys) -> None:
@@ -878,7 +879,12 @@ def test_likelihoods_need_their_protocol_their_data_and_a_model_of_such_images(
 
 def test_two_processes_make_the_images_and_the_score_of_one(model, tmp_path) -> None:
     more = ["--data", "digits", "--batch-size", "30", "--num", "80", "--allow-partial"]
-    one = generate(model, tmp_path / "one", *more)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun gives each process: sums of float32 differ in their last digits with them
+    try:
+        one = generate(model, tmp_path / "one", *more)
+    finally:
+        torch.set_num_threads(threads)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--protocol", "digits-fast", "--device", "cpu", "--model", str(model), "--out", str(tmp_path / "two")]
     done = subprocess.run(
@@ -891,8 +897,5 @@ def test_two_processes_make_the_images_and_the_score_of_one(model, tmp_path) -> 
     )
     assert done.returncode == 0, done.stderr[-2000:]
     two = read(tmp_path / "two" / "result.json")
-    scores = [result.pop("scores") for result in (one, two)]
-    assert without_times(two) == without_times(one)  # the digest of the images among it
-    # the processes have one thread each, and sums of float32 differ in their last digits with the threads
-    assert scores[1] == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in scores[0].items()}
+    assert without_times(two) == without_times(one)
     assert done.stdout.count("protocol digits-fast, PARTIAL, 80 of 100 images") == 1  # the first process speaks for all

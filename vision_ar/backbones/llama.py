@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_ar.interfaces import FREE, AttentionPattern, Backbone, Tokens, TokenSpec
-from vision_ar.layers.attention import Allowed, allow, attend
-from vision_ar.layers.kv_cache import ColumnCache, ColumnSlot, DeviceSlot, KVCache, new_cache
+from vision_ar.layers.attention import allow, attend
+from vision_ar.layers.kv_cache import ColumnCache, KVCache, new_cache
 from vision_ar.layers.mlp import SwiGLU
 from vision_ar.layers.packed import add_linear
 from vision_ar.layers.rope import apply_rotary, rotary_table
 
-Slot = ColumnSlot | DeviceSlot
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From queries, keys and values of one layer, (B, N, T, E), to what the queries read, (B, N, T, E)."""
 INIT_STD = 0.02
 NORM_EPS = 1e-5
 SILENT = -1  # position of a prefix vector whose queries and keys are zero, see `rotary_table`
@@ -186,40 +187,36 @@ class Llama(Backbone):
     ) -> Tensor:
         """Hidden vectors after the last norm, (B, T, D)."""
         length = embeddings.shape[1]
-        if length == 1 and isinstance(kv_cache, ColumnCache) and kv_cache.common_length and not torch.is_grad_enabled():
-            return self._step(embeddings, positions, kv_cache, cond_mask)
         started = kv_cache is not None and kv_cache.common_length != 0
-        prefix = 0 if started else self.prefix_len
-        allowed = allow(attention, length, prefix, embeddings.device, kv_cache, cond_mask, self.flex)
-        table = None if self.rotary == "none" else rotary_table(positions, self.head_dim)
-        x = embeddings
-        for layer, block in enumerate(self.blocks):
-            x = block(x, allowed, table, kv_cache, layer)
-        return self.norm(x)
+        allowed = allow(
+            attention, length, 0 if started else self.prefix_len, embeddings.device, kv_cache, cond_mask, self.flex
+        )
+        one_more = length == 1 and started and not torch.is_grad_enabled()  # slots are written in place
+        if one_more and isinstance(kv_cache, ColumnCache) and kv_cache.common_length and allowed.mask is not None:
+            return self._through(
+                embeddings, positions, [slot.attend for slot in kv_cache.stage_one(allowed.mask[:, 0])]
+            )
 
-    def _step(self, embeddings: Tensor, positions: Tensor, cache: ColumnCache, cond_mask: Tensor | None) -> Tensor:
-        """The same for one new token of every row on a CPU, with as few calls as it takes."""
-        mask = allow(AttentionPattern(), 1, 0, embeddings.device, cache, cond_mask).mask
-        assert mask is not None
-        return self._through(embeddings, positions, cache.stage_one(mask[:, 0]))
+        def attended(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            if kv_cache is not None:
+                keys, values = kv_cache.append(layer, keys, values)
+            return attend(queries, keys, values, allowed)
+
+        return self._through(embeddings, positions, [partial(attended, layer) for layer in range(len(self.blocks))])
 
     def read_one(self, embeddings: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:  # type: ignore[override]
         """One new token of every row, its slots found on the device: shapes and program are always the same.
 
         The caller counts `kv_cache.lengths` on.
         """
-        return self._through(embeddings, positions, kv_cache.device_slots())
+        return self._through(embeddings, positions, [slot.attend for slot in kv_cache.device_slots()])
 
-    def _through(self, embeddings: Tensor, positions: Tensor, slots: Sequence[Slot]) -> Tensor:
-        """One token of every row through all blocks, (B, 1, D)."""
-        table = None
-        if self.rotary != "none":
-            cos, sin = rotary_table(positions, self.head_dim)
-            table = cos[:, 0], sin[:, 0]  # (B, 1, E / 2) each
-        x = embeddings[:, 0]
-        for block, slot in zip(cast(list[LlamaBlock], list(self.blocks)), slots, strict=True):
-            x = block.step(x, table, slot)
-        return self.norm(x)[:, None]
+    def _through(self, x: Tensor, positions: Tensor, attend_in: Sequence[Attend]) -> Tensor:
+        """Vectors (B, T, D) through all blocks and the last norm; every block has its own way to attend."""
+        table = None if self.rotary == "none" else rotary_table(positions, self.head_dim)
+        for block, attended in zip(self.blocks, attend_in, strict=True):
+            x = block(x, table, attended)
+        return self.norm(x)
 
     def with_null_rows(self, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Null labels or null features after the given rows; null features are never masked."""
@@ -259,39 +256,16 @@ class LlamaBlock(nn.Module):
         self.mlp = SwiGLU(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        allowed: Allowed,
-        table: tuple[Tensor, Tensor] | None,
-        kv_cache: KVCache | None = None,
-        layer: int = 0,
-    ) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
-        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, N, T, E)
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor] | None, attended: Attend) -> Tensor:
+        """(B, T, D) to (B, T, D); `attended` takes queries, keys and values of this layer, (B, N, T, E) each."""
+        heads = self.qkv(self.attention_norm(x)).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, N, T, E)
         turned, values = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         queries, keys = apply_rotary(turned, table).split([self.num_heads, self.num_kv_heads], dim=1)
-        if kv_cache is not None:
-            keys, values = kv_cache.append(layer, keys, values)
-        attended = attend(queries, keys, values, allowed).transpose(1, 2).flatten(2)
+        mixed = attended(queries, keys, values).transpose(1, 2).reshape(x.shape).to(x.dtype)
         if self.training:
-            x = x + self.dropout(self.out(attended))
+            x = x + self.dropout(self.out(mixed))
             return x + self.dropout(self.mlp(self.mlp_norm(x)))
-        x = add_linear(self.out, attended, x)
-        return self.mlp(self.mlp_norm(x), x)
-
-    def step(self, x: Tensor, table: tuple[Tensor, Tensor] | None, slot: Slot) -> Tensor:
-        """One token of every row through the block, (B, D) to (B, D).
-
-        Args:
-            x: the stream.
-            table: of the rotary embedding, (B, 1, E / 2) each; None for none.
-            slot: of this layer in the cache.
-        """
-        heads = self.qkv(self.attention_norm(x)).view(x.shape[0], -1, self.head_dim)
-        turned, values = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        queries, keys = apply_rotary(turned, table).split([self.num_heads, self.num_kv_heads], dim=1)
-        x = add_linear(self.out, slot.attend(queries, keys, values).flatten(1).to(x.dtype), x)
+        x = add_linear(self.out, mixed, x)
         return self.mlp(self.mlp_norm(x), x)
 
 

@@ -50,7 +50,7 @@ def generate_and_score(given: argparse.Namespace) -> Result:
     protocol = harness.protocol
     count = protocol.num_samples if given.num is None else given.num
     partial = harness.check_count(count)
-    pipe = load(given.model, harness.device, **weight_options(given))
+    pipe = load(given.model, harness.device, compile=given.compile, **weight_options(given))
     settings = vars(pipe.settings(**sampling_options(given)))
     spread_seeds(given.seed, count)  # they must fit
     store = SampleStore(out / "samples", pipe, protocol, settings, given.seed, count, given.batch_size)
@@ -140,11 +140,12 @@ def likelihood(given: argparse.Namespace) -> None:
     partial = harness.check_count(originals.count)
     store = LikelihoodStore(out / "likelihood", pipe, originals, protocol, given.batch_size)
     harness.fill(store, "likelihood")
-    known = None if partial else known_as(protocol, originals.name, store.digest())
-    about = {"name": originals.name, "digest": store.digest(), "known_as": known}
+    digest = store.digest()
+    known = None if partial else known_as(protocol, originals.name, digest)
+    about = {"name": originals.name, "digest": digest, "known_as": known}
     model = {"name": pipe.name, "hash": pipe.digest}
     used = {"model": model, "settings": pipe.weights()}
-    harness.conclude(out / RESULT, partial, store.scores(), stamp(originals.count, store.digest(), about, **used))
+    harness.conclude(out / RESULT, partial, store.scores(), stamp(originals.count, digest, about, **used))
 
 
 def given_images(given: argparse.Namespace, protocol: protocols.Protocol, tokenizer: Any, model: str) -> DataPixels:

@@ -91,7 +91,6 @@ class SampleStore:
             ValueError: if the model makes images with NaN, or of a size that the protocol does not take.
         """
         labels = self.labels
-        self.pipe.check_batch(self.arrays.about()["batch_size"], **self.settings)
         for start, stop, done in self.arrays.batches(rank, world_size):
             if not done:
                 seeds = list(range(self.seed + start, self.seed + stop))

@@ -214,19 +214,19 @@ class ColumnSlot(NamedTuple):
     """Added to the scores, (1 or B K, 1, S)."""
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Write one entry per row and read all, (B, N, E), in the dtype of the cache.
+        """Write one entry per row and read all, (B, N, 1, E), in the dtype of the cache.
 
         Args:
-            queries: (B, N, E), K dividing N.
-            keys: (B, K, E).
-            values: (B, K, E).
+            queries: (B, N, 1, E), K dividing N.
+            keys: (B, K, 1, E).
+            values: (B, K, 1, E).
         """
         batch, kv, width, _ = self.columns.shape
-        self.columns[..., self.slot].copy_(keys)
-        self.values[:, :, self.slot].copy_(values)
+        self.columns[..., self.slot].copy_(keys[:, :, 0])
+        self.values[:, :, self.slot].copy_(values[:, :, 0])
         queries = queries.reshape(batch * kv, -1, width).to(self.values.dtype)
         scores = torch.baddbmm(self.mask, queries, self.columns.flatten(0, 1), alpha=width**-0.5)
-        return torch.bmm(scores.softmax(dim=-1), self.values.flatten(0, 1)).view(batch, -1, width)
+        return torch.bmm(scores.softmax(dim=-1), self.values.flatten(0, 1)).view(batch, -1, 1, width)
 
 
 class DeviceSlot(NamedTuple):
@@ -243,8 +243,9 @@ class DeviceSlot(NamedTuple):
         batch, kv, _, width = self.keys.shape
         index = self.lengths[:, None, None, None].expand(batch, kv, 1, width)
         for buffer, entry in ((self.keys, keys), (self.values, values)):
-            buffer.scatter_(2, index, entry[:, :, None].to(buffer.dtype))
-        return decode_attention(queries.to(self.keys.dtype), self.keys, self.values, self.lengths + 1)
+            buffer.scatter_(2, index, entry.to(buffer.dtype))
+        one = queries[:, :, 0].to(self.keys.dtype)
+        return decode_attention(one, self.keys, self.values, self.lengths + 1)[:, :, None]
 
 
 def new_cache(depth: int, batch_size: int, num_heads: int, max_seq_len: int, head_dim: int, like: Tensor) -> KVCache:

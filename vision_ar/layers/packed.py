@@ -8,6 +8,7 @@ for all rows. Measured on 2 cores of an AMD EPYC, 85 M weights, 2 rows: 31.3 ms 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -19,22 +20,36 @@ EXPECTED_ROWS = 2
 """Rows that oneDNN is told to expect; its layout for 2 serves 1 to 16 as well as their own would."""
 
 
-class PackedLinear(nn.Module):
-    """A linear layer in the blocked layout of oneDNN; for inference only, it has no parameters.
+class InferenceLinear(nn.Module, ABC):
+    """A linear layer laid out for inference: it has no parameters, and adds to what it makes in the same call.
 
     Args:
         linear: where the weights come from, on a CPU.
     """
 
+    weight_bytes: int
+    """What reading the weights once reads."""
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._bias = None if linear.bias is None else linear.bias.detach()
+
+    @abstractmethod
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """(..., in) to (..., out) in the dtype of `x`, plus `add` of that shape."""
+
+
+class PackedLinear(InferenceLinear):
+    """The blocked layout of oneDNN."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
         self.weight_bytes = linear.weight.nbytes
         self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), EXPECTED_ROWS)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """(..., in) to (..., out), plus `add` of that shape."""
+        """As above."""
         if add is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, add, self._weight, self._bias, "add")
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
@@ -45,19 +60,13 @@ class PackedLinear(nn.Module):
             destination[f"{prefix}bias"] = self._bias
 
 
-class Int8Linear(nn.Module):
-    """A linear layer whose weights are 8-bit integers with one scale per output; activations are bfloat16.
-
-    Args:
-        linear: where the weights come from, on a CPU.
-    """
+class Int8Linear(InferenceLinear):
+    """Weights of 8-bit integers with one scale per output; activations are bfloat16."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        super().__init__(linear)
         weight = linear.weight.detach().float()
         scales = (weight.abs().amax(dim=1) / INT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
-        self._bias = None if linear.bias is None else linear.bias.detach()
         self._weight = (weight / scales[:, None]).round().to(torch.int8)
         self._scales = scales.to(torch.bfloat16)
         self.weight_bytes = self._weight.nbytes
@@ -66,7 +75,7 @@ class Int8Linear(nn.Module):
         raise RuntimeError("weights of 8 bits must not be saved, they lost precision; load the model without quantize")
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """(..., in) to (..., out) in the dtype of `x`, plus `add` of that shape."""
+        """As above."""
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         out = torch._weight_int8pack_mm(rows.to(torch.bfloat16), self._weight, self._scales).to(x.dtype)
         out = out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
@@ -77,7 +86,7 @@ class Int8Linear(nn.Module):
 
 def add_linear(layer: nn.Module, x: Tensor, add: Tensor) -> Tensor:
     """layer(x) + add, in one call where the layer can."""
-    return layer(x, add) if isinstance(layer, PackedLinear | Int8Linear) else layer(x) + add
+    return layer(x, add) if isinstance(layer, InferenceLinear) else layer(x) + add
 
 
 def pack(module: nn.Module, quantize: str | None = None) -> None:

@@ -19,6 +19,7 @@ from vision_ar.interfaces import FREE, AttentionPattern, Draw, Head, Step, Token
 from vision_ar.sampler.guidance import CfgSchedule, guide_logits
 from vision_ar.sampler.logits import Law, draw
 from vision_ar.sampler.loop import TokenLoop
+from vision_ar.sampler.memory import check_batch
 from vision_ar.shapes import check_shape
 
 
@@ -94,6 +95,7 @@ class Session:
         self.ids = torch.full((batch_size, spec.seq_len), FREE, device=device)
         self._tokens = self._lay_out(condition, device)
         backbone = generator.backbone
+        check_batch(generator, batch_size, scales is not None)  # before the cache is taken
         self.positions = backbone.place(self._tokens)
         self.cache = backbone.new_cache(self._tokens.batch_size)
         self._next = 0

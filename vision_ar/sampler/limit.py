@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vision_ar.generator import Generator
-from vision_ar.layers.packed import Int8Linear, PackedLinear
+from vision_ar.layers.packed import InferenceLinear
 
 
 def bandwidth(num_bytes: float, device: torch.device | str) -> float:
@@ -32,7 +32,7 @@ def weight_bytes(generator: Generator) -> int:
     """Bytes of weights that one token reads; tables of which it reads one row are left out."""
     total = 0
     for module in generator.modules():
-        if isinstance(module, PackedLinear | Int8Linear):
+        if isinstance(module, InferenceLinear):
             total += module.weight_bytes
         elif isinstance(module, nn.Linear):
             total += module.weight.nbytes

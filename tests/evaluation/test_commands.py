@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -878,23 +879,19 @@ def test_likelihoods_need_their_protocol_their_data_and_a_model_of_such_images(
 
 
 def test_two_processes_make_the_images_and_the_score_of_one(model, tmp_path) -> None:
-    more = ["--data", "digits", "--batch-size", "30", "--num", "80", "--allow-partial"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as torchrun gives each process: sums of float32 differ in their last digits with them
-    try:
-        one = generate(model, tmp_path / "one", *more)
-    finally:
-        torch.set_num_threads(threads)
+    # one thread each, in all libraries: sums of float32 differ in their last digits with the number of threads
+    run = partial(
+        subprocess.run, capture_output=True, text=True, cwd=tmp_path, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    options = ["--protocol", "digits-fast", "--device", "cpu", "--model", str(model), "--data", "digits"]
+    options += ["--batch-size", "30", "--num", "80", "--allow-partial", "--out"]
+    command = ["vision_ar.evaluation", "generate-and-score", *options]
+    alone = run([sys.executable, "-m", *command, str(tmp_path / "one")])
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    one = read(tmp_path / "one" / "result.json")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = ["--protocol", "digits-fast", "--device", "cpu", "--model", str(model), "--out", str(tmp_path / "two")]
-    done = subprocess.run(
-        [*launcher, "-m", "--", "vision_ar.evaluation", "generate-and-score", *options, *more],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    done = run([*launcher, "-m", "--", *command, str(tmp_path / "two")])
     assert done.returncode == 0, done.stderr[-2000:]
     two = read(tmp_path / "two" / "result.json")
     assert without_times(two) == without_times(one)

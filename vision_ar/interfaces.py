@@ -412,8 +412,8 @@ class Backbone(Recorded, nn.Module, ABC):
         """For guidance: the condition (labels, cond, cond_mask; any may be absent) with as many null rows after it."""
 
     @abstractmethod
-    def new_cache(self, batch_size: int, max_seq_len: int | None = None) -> Any:
-        """An empty `Cache` for prefix and tokens, on the device and in the dtype of the weights."""
+    def new_cache(self, batch_size: int, max_seq_len: int | None = None, dtype: torch.dtype | None = None) -> Any:
+        """An empty `Cache` for prefix and tokens, on the device of the weights and in their dtype if none is given."""
 
     @classmethod
     @abstractmethod

@@ -23,6 +23,10 @@ from vision_ar.sampler.engine import Condition, Event, Session, guidance_scales,
 from vision_ar.sampler.guidance import CfgSchedule, cfg_schedule
 from vision_ar.sampler.logits import Law
 from vision_ar.sampler.memory import check_batch
+from vision_ar.sampler.pool import SessionPool
+
+CACHE_DTYPES = {"float8": torch.float8_e4m3fn}
+"""Names of the dtypes of keys and values that are not those of the weights."""
 
 
 @dataclass
@@ -117,7 +121,8 @@ class Pipeline:
         self.class_names, self.name, self.digest = list(class_names), name, digest
         self.defaults = dict(defaults or {})
         self.quantize: str | None = None
-        self.compile = False
+        self.cache_dtype: torch.dtype | None = None
+        self._sessions = SessionPool(self.generator)
 
     @property
     def num_classes(self) -> int:
@@ -133,27 +138,43 @@ class Pipeline:
         """Move to a device; `dtype` is that of the generator, the tokenizer stays in float32."""
         self.tokenizer.to(device)
         self.generator.to(device, dtype)
+        self._sessions = SessionPool(self.generator)
         return self
 
-    def prepare(self, quantize: str | None = None) -> Pipeline:
+    def prepare(
+        self,
+        quantize: str | None = None,
+        compile: bool = False,  # noqa: A002 named as users name it
+        cache_dtype: str | None = None,
+    ) -> Pipeline:
         """Lay the generator's weights out for sampling where it is; it can then neither be trained nor moved.
 
         Args:
-            quantize: int8 for weights of 8 bits, on a CPU only; None keeps their dtype.
+            quantize: int8 or (on a GPU) float8 for weights of 8 bits; None keeps their dtype.
+            compile: let `torch.compile` take the step from token to token; it lays weights out itself.
+            cache_dtype: float8 for keys and values of 8 bits, on a GPU; None is the dtype of the weights.
 
         Raises:
-            ValueError: for another kind, or on another device.
+            ValueError: for another kind, or one that the device does not have.
         """
-        if quantize is not None and self.device.type != "cpu":
-            raise ValueError(f"quantize must be left out on {self.device.type}, got {quantize}: only a CPU has it")
-        pack(self.generator, quantize)
+        if compile and quantize is not None:
+            raise ValueError(f"quantize must be left out with compile, got {quantize}")
+        if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {cache_dtype!r}")
+        if cache_dtype is not None and self.device.type != "cuda":
+            raise ValueError(f"cache_dtype must be left out on {self.device.type}, got {cache_dtype}: it is for a GPU")
+        if not compile:
+            pack(self.generator, quantize)
         self.quantize = quantize
+        self.cache_dtype = None if cache_dtype is None else CACHE_DTYPES[cache_dtype]
+        self._sessions = SessionPool(self.generator, compile, self.cache_dtype)
         return self
 
     def weights(self) -> dict[str, Any]:
         """How the generator's weights are held: what decides rounding beside the settings."""
         dtype = next(self.generator.parameters()).dtype
-        return {"dtype": str(dtype).removeprefix("torch."), "quantize": self.quantize}
+        held = None if self.cache_dtype is None else str(self.cache_dtype).removeprefix("torch.")
+        return {"dtype": str(dtype).removeprefix("torch."), "quantize": self.quantize, "cache_dtype": held}
 
     def settings(self, **given: Any) -> Settings:
         """Settings of a call: what is given, else the model's defaults, checked."""
@@ -168,7 +189,7 @@ class Pipeline:
 
     def check_batch(self, batch_size: int, **settings: Any) -> str:
         """Say what a batch with these settings needs, see `sampler.memory.check_batch`."""
-        return check_batch(self.generator, batch_size, self.guided(**settings))
+        return check_batch(self.generator, batch_size, self.guided(**settings), self.cache_dtype)
 
     def guided(self, **settings: Any) -> bool:
         """True when these settings need a second row for every image, without its condition."""
@@ -205,8 +226,13 @@ class Pipeline:
         schedule: Any = schedules[0] if each is None else schedules
         seeds = torch.tensor(spread_seeds(seed, len(labels)))
         condition = Condition(labels=torch.tensor(self.check_labels(labels)))
-        session = Session(self.generator, condition, seeds, law, schedule, forced, compile=self.compile)
-        return stream(session, self.tokenizer if previews else None, seeds.to(self.device))
+        asked = (condition, seeds, law, schedule, forced)
+        session = self._sessions.open(*asked)  # here, so that wrong settings are told before the first event
+        return self._run(session, self.tokenizer if previews else None, asked)
+
+    def _run(self, session: Session, tokenizer: Tokenizer | None, asked: tuple[Any, ...]) -> Iterator[Event]:
+        yield from stream(session, tokenizer, asked[1].to(self.device))
+        self._sessions.give_back(session, *asked)
 
     def sample(
         self,
@@ -308,6 +334,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     quantize: str | None = None,
     compile: bool = False,  # noqa: A002 named as users name it
+    cache_dtype: str | None = None,
 ) -> Pipeline:
     """Open a model for sampling; `checkpoints.store.load_model` opens one that can be trained.
 
@@ -318,6 +345,7 @@ def load(
         quantize: see `Pipeline.prepare`.
         compile: let `torch.compile` take the step from token to token, where model and settings allow it. It takes half
             a minute before the first image and pays on a GPU.
+        cache_dtype: see `Pipeline.prepare`.
 
     Raises:
         FileNotFoundError: when there is no such model.
@@ -330,8 +358,4 @@ def load(
     pipe = Pipeline(
         saved.tokenizer, saved.generator, described.class_names, described.sampling, saved.name, saved.digest
     )
-    if compile and quantize is not None:
-        raise ValueError(f"quantize must be left out with compile, got {quantize}")
-    pipe.to(device, dtype)
-    pipe.compile = compile
-    return pipe if compile else pipe.prepare(quantize)  # the compiler lays weights out itself
+    return pipe.to(device, dtype).prepare(quantize, compile, cache_dtype)

@@ -102,7 +102,7 @@ def sample_to_folder(pipe: Pipeline, given: argparse.Namespace) -> None:
 
 def roofline(pipe: Pipeline, batch_size: int, settings: dict[str, Any], seconds: float) -> str:
     """How near a step came to the time that reading weights and cache takes."""
-    limit = token_seconds(pipe.generator, batch_size * (2 if pipe.guided(**settings) else 1))
+    limit = token_seconds(pipe.generator, batch_size * (2 if pipe.guided(**settings) else 1), pipe.cache_dtype)
     return (
         f"a step of {batch_size} images took {1e3 * seconds:.2f} ms; reading weights and cache once takes "
         f"{1e3 * limit:.2f} ms here: {limit / seconds:.0%} of the limit"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vision_ar.layers.packed import QUANTIZE
+from vision_ar.pipeline import CACHE_DTYPES
 from vision_ar.sampler.guidance import SCHEDULES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,12 +34,13 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
 def add_weight_options(p: argparse.ArgumentParser) -> None:
     """Add the options that say how the weights of the generator are held."""
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the generator (default float32)")
-    p.add_argument("--quantize", choices=QUANTIZE, help="weights of 8 bits, on a CPU; for few images at a time")
+    p.add_argument("--quantize", choices=QUANTIZE, help="weights of 8 bits, for few images at a time; float8 on a GPU")
+    p.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="keys and values of 8 bits, on a GPU, for many images")
 
 
 def weight_options(given: argparse.Namespace) -> dict[str, Any]:
     """The same as `pipeline.load` takes them."""
-    return {"dtype": DTYPES[given.dtype], "quantize": given.quantize}
+    return {"dtype": DTYPES[given.dtype], "quantize": given.quantize, "cache_dtype": given.cache_dtype}
 
 
 def sampling_options(given: argparse.Namespace) -> dict[str, Any]:

@@ -1,26 +1,14 @@
-"""Attention of one token: the reference against PyTorch, the Triton kernels against the reference.
-
-Where there is no GPU the kernels run in Triton's interpreter, in a process of its own: it is chosen when Triton is
-first imported.
-"""
+"""Attention of one token: the reference against PyTorch, the Triton kernels against the reference."""
 
 from __future__ import annotations
-
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.kernels.interpreter import interpret, needs_triton
 from vision_ar.kernels.decode_attention import SPLIT, reference, split
-
-ROOT = Path(__file__).resolve().parents[2]
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 def case(rows: int, heads: int, kv: int, slots: int, width: int, dtype=torch.float32, device="cpu") -> list[Tensor]:
@@ -60,16 +48,15 @@ def check_kernels(device: str) -> None:
     queries, keys, values, lengths = case(*SHAPES[2], dtype=torch.bfloat16, device=device)
     expected = reference(queries.float(), keys.float().nan_to_num(), values.float().nan_to_num(), lengths)
     torch.testing.assert_close(split(queries, keys, values, lengths).float(), expected, rtol=2**-7, atol=2**-7)
+    queries, keys, values, lengths = case(*SHAPES[1], device=device)  # a cache of 8 bits
+    keys, values = (x.nan_to_num().to(torch.float8_e4m3fn) for x in (keys, values))
+    expected = reference(queries, keys, values, lengths)
+    torch.testing.assert_close(split(queries, keys, values, lengths), expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_triton
 def test_the_kernels_equal_the_reference_in_the_interpreter() -> None:
-    command = "from tests.kernels.test_decode_attention import check_kernels; check_kernels('cpu'); print('equal')"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", command], capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "equal", done.stderr[-2000:]
+    interpret("tests.kernels.test_decode_attention", "check_kernels")
 
 
 @pytest.mark.gpu

@@ -243,3 +243,33 @@ def test_a_cache_that_grows_keeps_what_it_has_and_stays_laid_out_by_column() -> 
 def test_a_cpu_gets_the_cache_that_grows() -> None:
     assert type(new_cache(1, 1, 1, 4, 2, torch.zeros(()))) is ColumnCache
     assert type(new_cache(1, 1, 1, 4, 2, torch.zeros((), device="meta"))) is KVCache
+
+
+def test_a_cache_of_8_bits_rounds_entries_and_reads_them_in_the_dtype_of_the_queries() -> None:
+    like = torch.zeros((), dtype=torch.float8_e4m3fn)
+    cache = new_cache(1, 2, HEADS, SLOTS, WIDTH, like)
+    assert type(cache) is KVCache and cache.full_bytes == 2 * 2 * HEADS * SLOTS * WIDTH
+    (keys, values), *_ = entries(2, 3, 0)
+    keys[0, 0, 0, 0] = 1e4  # beyond the largest number of the format
+    cache.append(0, keys, values)
+    cache.commit()
+    cache.set_lengths(torch.tensor([3, 2]))
+    (more, _), *_ = entries(2, 1, 1)
+    found, _ = cache.append(0, more, more)
+    cache.commit()
+    keys[0, 0, 0, 0] = 448
+    torch.testing.assert_close(found[:, :, :2].float(), keys[:, :, :2], rtol=2**-4, atol=2**-9)
+    torch.testing.assert_close(found[0, :, 3].float(), more[0, :, 0], rtol=2**-4, atol=2**-9)
+    torch.testing.assert_close(found[1, :, 2].float(), more[1, :, 0], rtol=2**-4, atol=2**-9)
+
+
+def test_a_restarted_cache_is_empty_and_its_buffers_stay() -> None:
+    cache = make_cache(2)
+    stage(cache, entries(2, 3, 0))
+    cache.commit()
+    lengths = cache.lengths
+    cache.restart()
+    assert cache.common_length == 0 and cache.lengths is lengths and lengths.tolist() == [0, 0]
+    new = entries(2, 2, 1)
+    for (keys, _), (found, _) in zip(new, stage(cache, new), strict=True):
+        torch.testing.assert_close(found, keys)

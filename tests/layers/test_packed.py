@@ -95,5 +95,5 @@ def test_packed_layers_are_saved_as_plain_ones_and_those_of_8_bits_are_not() -> 
 
 
 def test_another_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="quantize must be one of int8, got 'int3'"):
+    with pytest.raises(ValueError, match="quantize must be one of int8, float8, got 'int3'"):
         pack(nn.Sequential(layer()), "int3")

@@ -112,6 +112,19 @@ def test_the_fixed_program_equals_the_plain_sampler(settings, law, schedule) -> 
         assert torch.equal(ids[:, :written], session.ids[:, :written]) and bool((ids[:, written:] == FREE).all())
 
 
+def test_keys_and_values_of_8_bits_write_nearly_the_same(generator) -> None:
+    labels, seeds = torch.arange(60) % 3, torch.arange(60)
+    named = {"law": Law(1.0, top_k=8), "cfg_schedule": constant(2.0), "fixed": True}
+    exact, rounded = (
+        Session(generator, Condition(labels=labels), seeds, **named, cache_dtype=dtype)
+        for dtype in (None, torch.float8_e4m3fn)
+    )
+    for session in (exact, rounded):
+        list(stream(session))
+    same = (exact.ids == rounded.ids).float()
+    assert 0.5 < same.mean() < 1
+
+
 def test_the_fixed_program_keeps_forced_tokens(generator) -> None:
     forced = torch.full((3, 8), FREE)
     forced[:, 2], forced[1, 5] = 7, 3
@@ -226,20 +239,23 @@ def test_a_masked_model_says_that_it_cannot_write() -> None:
         write(generator)
 
 
-def test_half_precision_changes_tokens_only_at_near_ties(generator) -> None:
-    count = 64
+def test_half_precision_changes_tokens_only_at_near_ties() -> None:
+    count, generator = 2000, make_generator()
+    torch.nn.init.normal_(generator.heads["token"].output.weight, std=0.1)  # logits of size 1: rounding goes with it
     labels, seeds = torch.arange(count) % 3, torch.arange(count)
     exact = write(generator, labels, seeds)
     rounded = copy.deepcopy(generator).to(torch.bfloat16)
     # the same keys and the same law: rounding may only decide between tokens that are about as good
     differing = (write(rounded, labels, seeds) != exact).nonzero()
     firsts = {row: column for row, column in reversed(differing.tolist())}
-    assert len(firsts) < count / 4
+    assert 0 < len(firsts) < count / 20
+    gaps = []
     for row, column in firsts.items():
         law = logprobs_of(generator, exact[row], int(labels[row]), column)
         scores = law + keyed_gumbel(torch.tensor(row), torch.tensor(column), torch.arange(16))
         best = scores.topk(2).values
-        assert best[0] - best[1] < 0.1
+        gaps.append(float(best[0] - best[1]))
+    assert max(gaps) < 1e-2
 
 
 def logprobs_of(generator: Generator, ids: torch.Tensor, label: int, column: int) -> torch.Tensor:

@@ -6,16 +6,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_ar.interfaces import FREE, AttentionPattern, Backbone, Tokens, TokenSpec
+from vision_ar.kernels import fused_block
+from vision_ar.kernels.decode_attention import decode_attention
 from vision_ar.layers.attention import allow, attend
-from vision_ar.layers.kv_cache import ColumnCache, KVCache, new_cache
+from vision_ar.layers.kv_cache import ColumnCache, DeviceSlot, KVCache, new_cache
 from vision_ar.layers.mlp import SwiGLU
-from vision_ar.layers.packed import add_linear
+from vision_ar.layers.packed import add_linear, weights_of
 from vision_ar.layers.rope import apply_rotary, rotary_table
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -209,14 +212,25 @@ class Llama(Backbone):
 
         The caller counts `kv_cache.lengths` on.
         """
-        return self._through(embeddings, positions, [slot.attend for slot in kv_cache.device_slots()])
+        slots, blocks = kv_cache.device_slots(), cast(list[LlamaBlock], list(self.blocks))
+        if not blocks[0].fused_serves(embeddings[:, 0]):
+            return self._through(embeddings, positions, [slot.attend for slot in slots])
+        table = self._table(positions)
+        turns = None if table is None else (table[0][:, 0, 0], table[1][:, 0, 0])
+        x = embeddings[:, 0]
+        for block, slot in zip(blocks, slots, strict=True):
+            x = block.fused_step(x, turns, slot)
+        return self.norm(x)[:, None]
 
     def _through(self, x: Tensor, positions: Tensor, attend_in: Sequence[Attend]) -> Tensor:
         """Vectors (B, T, D) through all blocks and the last norm; every block has its own way to attend."""
-        table = None if self.rotary == "none" else rotary_table(positions, self.head_dim)
+        table = self._table(positions)
         for block, attended in zip(self.blocks, attend_in, strict=True):
             x = block(x, table, attended)
         return self.norm(x)
+
+    def _table(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        return None if self.rotary == "none" else rotary_table(positions, self.head_dim)
 
     def with_null_rows(self, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Null labels or null features after the given rows; null features are never masked."""
@@ -230,10 +244,10 @@ class Llama(Backbone):
             rows["cond_mask"] = torch.cat([rows["cond_mask"], torch.ones_like(rows["cond_mask"])])
         return rows
 
-    def new_cache(self, batch_size: int, max_seq_len: int | None = None) -> KVCache:
+    def new_cache(self, batch_size: int, max_seq_len: int | None = None, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for prefix and tokens."""
         slots = self.prefix_len + (max_seq_len or self.spec.seq_len)
-        like = self.norm.weight.detach()
+        like = self.norm.weight.detach().to(dtype or self.norm.weight.dtype)
         return new_cache(len(self.blocks), batch_size, self.num_kv_heads, slots, self.head_dim, like)
 
 
@@ -267,6 +281,22 @@ class LlamaBlock(nn.Module):
             return x + self.dropout(self.mlp(self.mlp_norm(x)))
         x = add_linear(self.out, mixed, x)
         return self.mlp(self.mlp_norm(x), x)
+
+    def fused_serves(self, x: Tensor) -> bool:
+        """True when `fused_step` is the way to go for vectors (B, D)."""
+        products = (self.qkv, self.out, self.mlp.gate_up, self.mlp.down)
+        return fused_block.serves_heads(x, self.head_dim) and all(weights_of(one) is not None for one in products)
+
+    def fused_step(self, x: Tensor, table: fused_block.Table, slot: DeviceSlot) -> Tensor:
+        """`forward` of one new token per row in few kernels, (B, D) to (B, D)."""
+        norm, mlp, kernels = self.attention_norm, self.mlp, fused_block
+        qkv, out, gate_up, down = (weights_of(one) for one in (self.qkv, self.out, mlp.gate_up, mlp.down))
+        assert qkv and out and gate_up and down
+        queries = kernels.norm_qkv(x, norm.weight, NORM_EPS, qkv, table, slot.keys, slot.values, slot.lengths)
+        mixed = decode_attention(queries, slot.keys, slot.values, slot.ends).flatten(1)
+        x = kernels.linear(mixed, out, x)
+        hidden = kernels.norm_swiglu(x, self.mlp_norm.weight, NORM_EPS, gate_up)
+        return kernels.linear(hidden, down, x)
 
 
 class FeatureCondition(nn.Module):

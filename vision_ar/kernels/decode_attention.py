@@ -6,10 +6,10 @@ their lengths from the device, so that a captured step needs no word from the ho
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
+
+from vision_ar.kernels.triton_found import HAS_TRITON
 
 SPLIT = 128
 """Cached entries that one program reads; long rows keep more programs busy, and a second kernel joins their parts."""
@@ -22,11 +22,11 @@ def decode_attention(queries: Tensor, keys: Tensor, values: Tensor, lengths: Ten
 
     Args:
         queries: (R, N, E).
-        keys: cache, (R, K, S, E) with K dividing N: query head n reads key head n // (N / K).
+        keys: cache, (R, K, S, E) with K dividing N: query head n reads key head n // (N / K). Any dtype.
         values: likewise.
         lengths: entries of each row that are read, the new one included, (R,), int64, at least 1.
     """
-    if queries.is_cuda and importlib.util.find_spec("triton") is not None:
+    if queries.is_cuda and HAS_TRITON:
         return split(queries, keys, values, lengths)
     return reference(queries, keys, values, lengths)
 

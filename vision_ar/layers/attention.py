@@ -128,6 +128,7 @@ def allow(
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, allowed: Allowed) -> Tensor:
     """Attention (B, N, T, E); keys and values may have fewer heads (grouped queries) and longer length."""
+    keys, values = keys.to(queries.dtype), values.to(queries.dtype)  # a cache may hold 8 bits
     short = queries.device.type == "cpu" and queries.requires_grad and queries.shape[2] <= SHORT
     by_column = keys.stride(-1) != 1  # see `ColumnCache`
     if (short or by_column) and allowed.block_mask is None:

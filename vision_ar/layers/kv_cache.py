@@ -55,13 +55,13 @@ class KVCache:
             if end > self.max_seq_len:
                 raise RuntimeError(f"kv_cache must have room for {end} entries, it was made for {self.max_seq_len}")
             self._make_room(end)
-            self.keys[layer, :, :, start:end] = keys
-            self.values[layer, :, :, start:end] = values
+            self.keys[layer, :, :, start:end] = held(keys, self.keys.dtype)
+            self.values[layer, :, :, start:end] = held(values, self.values.dtype)
             return self._readable(layer, end)
         slots = self.lengths[:, None] + torch.arange(new, device=keys.device)
         index = slots[:, None, :, None].expand_as(keys)
-        self.keys[layer].scatter_(2, index, keys.to(self.keys.dtype))
-        self.values[layer].scatter_(2, index, values.to(self.values.dtype))
+        put(self.keys[layer], index, keys)
+        put(self.values[layer], index, values)
         return self.keys[layer], self.values[layer]
 
     def _make_room(self, end: int) -> None:
@@ -73,7 +73,8 @@ class KVCache:
 
     def device_slots(self) -> list[DeviceSlot]:
         """Where the next entry of every row goes in every layer, by `lengths` on the device; see `DeviceSlot`."""
-        return [DeviceSlot(*pair, self.lengths) for pair in zip(self.keys, self.values, strict=True)]
+        ends = self.lengths + 1
+        return [DeviceSlot(*pair, self.lengths, ends) for pair in zip(self.keys, self.values, strict=True)]
 
     def visible(self, new: int, staged_mask: Tensor | None = None) -> Tensor | None:
         """Who of `new` staged entries may see what `append` returns, (B or 1, new, S'); None when all may see all.
@@ -121,8 +122,13 @@ class KVCache:
 
     def set_lengths(self, lengths: Tensor) -> None:
         """Say how many entries of each row count, (B,): roll back, or let rows differ."""
-        self.lengths = lengths.clone()
+        self.lengths.copy_(lengths)  # in place: a captured step reads it
         self.common_length = None
+
+    def restart(self) -> None:
+        """Forget all entries; buffers stay where they are."""
+        self.lengths.zero_()
+        self.common_length, self._staged = 0, 0
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows only, in this order, (B',); repeats fork a row."""
@@ -237,18 +243,35 @@ class DeviceSlot(NamedTuple):
     values: Tensor
     lengths: Tensor
     """Committed entries of each row, (B,)."""
+    ends: Tensor
+    """One more: what is read."""
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """As `ColumnSlot.attend`; rows may have different lengths."""
         batch, kv, _, width = self.keys.shape
         index = self.lengths[:, None, None, None].expand(batch, kv, 1, width)
-        for buffer, entry in ((self.keys, keys), (self.values, values)):
-            buffer.scatter_(2, index, entry.to(buffer.dtype))
-        one = queries[:, :, 0].to(self.keys.dtype)
-        return decode_attention(one, self.keys, self.values, self.lengths + 1)[:, :, None]
+        put(self.keys, index, keys)
+        put(self.values, index, values)
+        return decode_attention(queries[:, :, 0], self.keys, self.values, self.ends)[:, :, None]
+
+
+def held(entries: Tensor, dtype: torch.dtype) -> Tensor:
+    """Entries as a cache of this dtype holds them; 8 bits have no infinity, what is too large becomes the largest."""
+    if dtype.itemsize == 1 and entries.dtype != dtype:
+        largest = torch.finfo(dtype).max
+        entries = entries.clamp(-largest, largest)
+    return entries.to(dtype)
+
+
+def put(buffer: Tensor, index: Tensor, entries: Tensor) -> None:
+    """Scatter entries along the slots, in the dtype of the buffer."""
+    entries = held(entries, buffer.dtype)
+    if buffer.dtype.itemsize == 1:  # there is no scatter of 8-bit floats, but of their bits
+        buffer, entries = buffer.view(torch.uint8), entries.view(torch.uint8)
+    buffer.scatter_(2, index, entries)
 
 
 def new_cache(depth: int, batch_size: int, num_heads: int, max_seq_len: int, head_dim: int, like: Tensor) -> KVCache:
-    """The cache for the device of `like`; arguments as for `KVCache`."""
-    kind = ColumnCache if like.device.type == "cpu" else KVCache
+    """The cache for device and dtype of `like`; arguments as for `KVCache`. 8 bits lie in fixed buffers everywhere."""
+    kind = ColumnCache if like.device.type == "cpu" and like.dtype.itemsize > 1 else KVCache
     return kind(depth, batch_size, num_heads, max_seq_len, head_dim, like)

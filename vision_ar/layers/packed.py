@@ -1,9 +1,9 @@
-"""Linear layers laid out for inference on a CPU.
+"""Linear layers laid out for inference.
 
-Sampling multiplies all weights with very few rows, so it costs what reading the weights costs. PyTorch's float32
-product reads them once per row from 2 rows on (guidance pairs); oneDNN's, with weights laid out in its own blocks, once
-for all rows. Measured on 2 cores of an AMD EPYC, 85 M weights, 2 rows: 31.3 ms against 8.1 ms in float32, 6.4 against
-4.1 ms in bfloat16, 2.6 ms in int8.
+On a CPU sampling multiplies all weights with very few rows, so it costs what reading the weights costs. PyTorch's
+float32 product reads them once per row from 2 rows on (guidance pairs); oneDNN's, with weights laid out in its own
+blocks, once for all rows. Measured on 2 cores of an AMD EPYC, 85 M weights, 2 rows: 31.3 ms against 8.1 ms in float32,
+6.4 against 4.1 ms in bfloat16, 2.6 ms in int8. A GPU keeps its layout; 8-bit weights halve the bytes of few rows there.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-QUANTIZE = ("int8",)
-INT8_MAX = 127
+from vision_ar.kernels import fused_block
+from vision_ar.kernels.fused_block import Weights
+
+QUANTIZE = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
+"""Kinds of 8-bit weights; float8 is for a GPU."""
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 EXPECTED_ROWS = 2
 """Rows that oneDNN is told to expect; its layout for 2 serves 1 to 16 as well as their own would."""
 
@@ -24,7 +29,7 @@ class InferenceLinear(nn.Module, ABC):
     """A linear layer laid out for inference: it has no parameters, and adds to what it makes in the same call.
 
     Args:
-        linear: where the weights come from, on a CPU.
+        linear: where the weights come from.
     """
 
     weight_bytes: int
@@ -60,19 +65,43 @@ class PackedLinear(InferenceLinear):
             destination[f"{prefix}bias"] = self._bias
 
 
-class Int8Linear(InferenceLinear):
-    """Weights of 8-bit integers with one scale per output; activations are bfloat16."""
+class QuantizedLinear(InferenceLinear):
+    """Weights of 8 bits with one scale per output: rounded once, multiplied in the dtype of what comes in.
 
-    def __init__(self, linear: nn.Linear) -> None:
+    Few rows on a GPU read 8 bits a weight; more rows, and a CPU, make the numbers whole first.
+
+    Args:
+        linear: where the weights come from.
+        dtype: torch.int8 or torch.float8_e4m3fn.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype = torch.int8) -> None:
         super().__init__(linear)
-        weight = linear.weight.detach().float()
-        scales = (weight.abs().amax(dim=1) / INT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
-        self._weight = (weight / scales[:, None]).round().to(torch.int8)
-        self._scales = scales.to(torch.bfloat16)
-        self.weight_bytes = self._weight.nbytes
+        self.weights = quantized(linear.weight.detach(), dtype)
+        self.weight_bytes = self.weights.matrix.nbytes
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         raise RuntimeError("weights of 8 bits must not be saved, they lost precision; load the model without quantize")
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """As above."""
+        rows = x.reshape(-1, self.in_features)
+        if fused_block.serves(rows):
+            out = fused_block.linear(rows, self.weights).view(*x.shape[:-1], -1)
+        else:
+            out = F.linear(x, self.weights.whole(x.dtype))
+        if self._bias is not None:
+            out = out + self._bias.to(x.dtype)
+        return out if add is None else out + add
+
+
+class Int8Linear(QuantizedLinear):
+    """8-bit integers on a CPU, whose kernel takes activations in bfloat16."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        assert self.weights.scales is not None
+        self._weight, self._scales = self.weights.matrix, self.weights.scales.to(torch.bfloat16)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """As above."""
@@ -84,31 +113,56 @@ class Int8Linear(InferenceLinear):
         return out if add is None else out.add_(add)
 
 
+def quantized(weight: Tensor, dtype: torch.dtype) -> Weights:
+    """Weights (out, in) in 8 bits: the largest of each output becomes the largest number there is."""
+    weight, largest = weight.float(), LARGEST[dtype]
+    scales = (weight.abs().amax(dim=1) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+    scaled = (weight / scales[:, None]).clamp(-largest, largest)
+    return Weights((scaled if dtype.is_floating_point else scaled.round()).to(dtype), scales)
+
+
+def weights_of(layer: nn.Module) -> Weights | None:
+    """What a kernel of our own reads of a linear layer without bias; None when it cannot."""
+    if isinstance(layer, QuantizedLinear) and layer._bias is None:
+        return layer.weights
+    return Weights(layer.weight) if type(layer) is nn.Linear and layer.bias is None else None
+
+
 def add_linear(layer: nn.Module, x: Tensor, add: Tensor) -> Tensor:
     """layer(x) + add, in one call where the layer can."""
     return layer(x, add) if isinstance(layer, InferenceLinear) else layer(x) + add
 
 
 def pack(module: nn.Module, quantize: str | None = None) -> None:
-    """Replace the linear layers of a module on a CPU, in place; it can then neither be trained nor moved.
+    """Replace the linear layers of a module by those for inference, in place; it can then not be trained or moved.
 
     Args:
-        module: any; layers in dtypes that oneDNN does not have on this CPU stay as they are.
-        quantize: int8, or None.
+        module: any; layers whose dtype has no better layout on their device stay as they are.
+        quantize: int8, float8 (on a GPU), or None.
 
     Raises:
-        ValueError: for another kind of quantisation.
+        ValueError: for another kind of quantisation, or one that the device does not have.
     """
     if quantize is not None and quantize not in QUANTIZE:
         raise ValueError(f"quantize must be one of {', '.join(QUANTIZE)}, got {quantize!r}")
     for parent in list(module.modules()):
         for name, layer in list(parent.named_children()):
-            if type(layer) is not nn.Linear or layer.weight.device.type != "cpu":
-                continue
-            if quantize is not None:
-                setattr(parent, name, Int8Linear(layer))
-            elif packs(layer.weight.dtype):
-                setattr(parent, name, PackedLinear(layer))
+            if type(layer) is nn.Linear:
+                setattr(parent, name, laid_out(layer, quantize))
+
+
+def laid_out(layer: nn.Linear, quantize: str | None) -> nn.Module:
+    """A linear layer as `pack` wants it where it is."""
+    device = layer.weight.device.type
+    if quantize is None:
+        return PackedLinear(layer) if device == "cpu" and packs(layer.weight.dtype) else layer
+    if device == "cpu":
+        if quantize != "int8":
+            raise ValueError(f"quantize must be int8 on a CPU, got {quantize}")
+        return Int8Linear(layer)
+    if device != "cuda":
+        raise ValueError(f"quantize must be left out on {device}, got {quantize}")
+    return QuantizedLinear(layer, QUANTIZE[quantize])
 
 
 def packs(dtype: torch.dtype) -> bool:

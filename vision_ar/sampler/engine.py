@@ -20,6 +20,7 @@ from vision_ar.sampler.guidance import CfgSchedule, guide_logits
 from vision_ar.sampler.logits import Law, draw
 from vision_ar.sampler.loop import TokenLoop
 from vision_ar.sampler.memory import check_batch
+from vision_ar.sampler.overlap import PreviewQueue
 from vision_ar.shapes import check_shape
 
 
@@ -68,6 +69,7 @@ class Session:
         fixed: write one token after the other as a fixed program, a CUDA graph on a GPU, where model and settings
             allow it; None is on for a GPU and off for a CPU, which reads less without.
         compile: the same, taken by `torch.compile`.
+        cache_dtype: of keys and values, float8_e4m3fn for half the bytes; None is that of the weights.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Session:
         forced: Tensor | None = None,
         fixed: bool | None = None,
         compile: bool = False,  # noqa: A002 named as users name it
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         spec, batch_size = generator.spec, seeds.shape[0]
         steps = generator.objective.steps(spec)
@@ -91,17 +94,50 @@ class Session:
         self._seeds = seeds.to(device)
         self._forced = check_forced(forced, batch_size, spec, device)
         scales = guidance_scales(cfg_schedule, batch_size, spec.seq_len)
-        self._scales = None if scales is None else scales.to(device)
+        self._scales = None if scales is None else scales.to(device).contiguous()
         self.ids = torch.full((batch_size, spec.seq_len), FREE, device=device)
         self._tokens = self._lay_out(condition, device)
         backbone = generator.backbone
-        check_batch(generator, batch_size, scales is not None)  # before the cache is taken
+        check_batch(generator, batch_size, scales is not None, cache_dtype)  # before the cache is taken
         self.positions = backbone.place(self._tokens)
-        self.cache = backbone.new_cache(self._tokens.batch_size)
+        self.cache = backbone.new_cache(self._tokens.batch_size, dtype=cache_dtype)
         self._next = 0
         self._no_gradient = torch.no_grad if compile else torch.inference_mode  # the compiler takes no inference tensor
         fixed = device.type == "cuda" if fixed is None else fixed
         self._loop = TokenLoop(self, compile) if (fixed or compile) and TokenLoop.can(self, self._steps) else None
+
+    def restart(
+        self,
+        condition: Condition,
+        seeds: Tensor,
+        cfg_schedule: CfgSchedule | None | Sequence[CfgSchedule | None] = None,
+        forced: Tensor | None = None,
+    ) -> None:
+        """Begin another batch in place: of the same size and law, guided, forced and conditioned if this one was.
+
+        `SessionPool` knows which batches are alike. What was captured stays good, since no tensor moves.
+        """
+        values = [(self._seeds, seeds)]
+        scales = guidance_scales(cfg_schedule, len(seeds), self.generator.spec.seq_len)
+        values += [(self._scales, scales)] if self._scales is not None and scales is not None else []
+        forced = check_forced(forced, len(seeds), self.generator.spec, self.ids.device)
+        values += [(self._forced, forced)] if self._forced is not None and forced is not None else []
+        tokens = self._lay_out(condition, self.ids.device)
+        conditions = [(getattr(self._tokens, name), getattr(tokens, name)) for name in ("labels", "cond", "cond_mask")]
+        values += [(held, value) for held, value in conditions if held is not None]
+        with self._no_gradient():
+            for held, value in values:
+                held.copy_(value)
+            self.ids.fill_(FREE)
+            self.cache.restart()
+            self._next = 0
+            if self._loop is not None:
+                self._loop.restart()
+
+    @property
+    def fixed(self) -> bool:
+        """True when tokens are written by the fixed program."""
+        return self._loop is not None
 
     @property
     def done(self) -> bool:
@@ -259,18 +295,22 @@ def stream(session: Session, tokenizer: Tokenizer | None = None, seeds: Tensor |
         tokenizer: decodes previews; None leaves them out.
         seeds: of the rows, for decoders that draw noise.
     """
-    ends = session.generator.spec.ends
-    with torch.inference_mode():
-        preview = None if tokenizer is None else tokenizer.open_preview(session.ids.shape[0], seeds)
+    ends, device = session.generator.spec.ends, session.ids.device
+    queue = None
+    if tokenizer is not None:
+        with torch.inference_mode():
+            queue = PreviewQueue(tokenizer.open_preview(session.ids.shape[0], seeds), device)
     group, shown = 0, None
     while not session.done:
         session.step()
-        yield Event("tokens", session.ids.clone(), session.written)
+        ids = session.ids.clone()
+        yield Event("tokens", ids, session.written)
         while group < len(ends) and ends[group] <= session.written:
-            if preview is not None:
-                start = ends[group - 1] if group else 0
+            if queue is not None:
                 with torch.inference_mode():
-                    shown = preview.feed(session.ids[:, start : ends[group]])
-                yield Event("preview", session.ids.clone(), session.written, shown)
+                    queue.feed(ends[group - 1] if group else 0, ids, ends[group])
             group += 1
-    yield Event("done", session.ids, session.written, shown)
+        for found in queue.ready(wait=session.done) if queue is not None else ():
+            shown = found.images
+            yield Event("preview", found.ids, found.written, shown)
+    yield Event("done", session.ids.clone(), session.written, shown)

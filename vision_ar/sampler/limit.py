@@ -39,8 +39,10 @@ def weight_bytes(generator: Generator) -> int:
     return total
 
 
-def token_seconds(generator: Generator, rows: int) -> float:
+def token_seconds(generator: Generator, rows: int, cache_dtype: torch.dtype | None = None) -> float:
     """Seconds that a token of so many rows takes at least, with the cache half full as it is on average."""
     device = next(generator.parameters()).device
     weights = weight_bytes(generator)
-    return (weights + rows * generator.backbone.new_cache(1).full_bytes / 2) / bandwidth(weights, device)
+    return (weights + rows * generator.backbone.new_cache(1, dtype=cache_dtype).full_bytes / 2) / bandwidth(
+        weights, device
+    )

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vision_ar.layers.noise import keyed_gumbel
+from vision_ar.kernels.keyed_draw import keyed_argmax
+from vision_ar.kernels.triton_found import HAS_TRITON
+from vision_ar.layers.noise import TOKEN_STREAM, keyed_gumbel
 
 DRAWN_TOGETHER = 16384
 """Logits that are drawn from at a time on a CPU: what the hash works on must stay in the cache of a core."""
@@ -76,7 +78,10 @@ def draw(logprobs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     Returns:
         Tokens (Q,), int64; a function of the row's law, seed and position alone.
     """
-    if logprobs.device.type == "cpu" and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()  # the compiler joins these calls itself
+    if logprobs.is_cuda and HAS_TRITON and not compiling:
+        return keyed_argmax(logprobs, seeds, positions, TOKEN_STREAM)
+    if logprobs.device.type == "cpu" and not compiling:
         rows = max(1, DRAWN_TOGETHER // logprobs.shape[-1])
         parts = zip(logprobs.split(rows), seeds.split(rows), positions.split(rows), strict=True)
         return torch.cat([draw_some(*part) for part in parts])

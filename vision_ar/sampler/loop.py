@@ -75,6 +75,10 @@ class TokenLoop:
                 self._run()
         self._graph.replay()
 
+    def restart(self) -> None:
+        """Begin another batch with what was captured for this one."""
+        self._column.zero_()
+
     def run(self) -> None:
         """The program."""
         session, column = self._session, self._column

@@ -15,18 +15,19 @@ SHARE = 0.9
 """Of the free memory that one batch may take; tokenizer and images need the rest."""
 
 
-def batch_bytes(generator: Generator, batch_size: int, guided: bool) -> int:
+def batch_bytes(generator: Generator, batch_size: int, guided: bool, cache_dtype: torch.dtype | None = None) -> int:
     """Keys, values and logits of a batch, in bytes.
 
     Args:
         generator: where it will be sampled.
         batch_size: images.
         guided: True when every image has a second row, without its condition.
+        cache_dtype: of keys and values, None is that of the weights.
     """
     rows = batch_size * (2 if guided else 1)
     widest = max(len(step.read) for step in generator.objective.steps(generator.spec) or [])
     logits = rows * widest * (generator.spec.vocab_size or 0) * 4 * LOGIT_COPIES
-    return rows * generator.backbone.new_cache(1).full_bytes + logits
+    return rows * generator.backbone.new_cache(1, dtype=cache_dtype).full_bytes + logits
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -39,18 +40,18 @@ def free_bytes(device: torch.device) -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
 
 
-def check_batch(generator: Generator, batch_size: int, guided: bool) -> str:
+def check_batch(generator: Generator, batch_size: int, guided: bool, cache_dtype: torch.dtype | None = None) -> str:
     """Say in a line what a batch needs.
 
     Raises:
         ValueError: if that is more than there is; the message has the batch size that would fit.
     """
     device = next(generator.parameters()).device
-    needed, free = batch_bytes(generator, batch_size, guided), free_bytes(device)
+    needed, free = batch_bytes(generator, batch_size, guided, cache_dtype), free_bytes(device)
     if free is None:
         return f"{batch_size} images at a time need {amount(needed)} for keys, values and logits"
     if needed > SHARE * free:
-        fits = int(SHARE * free) // batch_bytes(generator, 1, guided)
+        fits = int(SHARE * free) // batch_bytes(generator, 1, guided, cache_dtype)
         raise ValueError(
             f"batch_size must be at most {fits} here, got {batch_size}: it needs {amount(needed)} for keys, values and "
             f"logits, {device.type} has {amount(free)} free"

@@ -8,7 +8,13 @@ Rows, all of one size, with guidance (two rows an image) and random weights:
     ours           `Session` as `vision_ar.load` prepares it; on a GPU a CUDA graph over the step
     ours eager     the same without the graph (GPU)
     ours compiled  the step taken by `torch.compile`
-    ours int8      with weights of 8 bits (CPU)
+    ours int8      with weights of 8 bits
+    ours float8    likewise, as floating-point numbers (GPU)
+    ours cache8    with keys and values of 8 bits and the compiled step (GPU), for many images
+
+Everything that the project promises for a GPU is measured by one command there:
+
+    python -m benchmarks.sampler_speed --plan gpu --out FILE
 
 Every row is a process of its own, so that its peak memory is its own; the rows run one after the other, `--rounds`
 times in turn, and the best round counts. The limit is the time to read weights and cache once a token at the bandwidth
@@ -39,14 +45,23 @@ from vision_ar.interfaces import TokenSpec
 from vision_ar.layers.mlp import swiglu_width
 from vision_ar.layers.packed import pack, packs
 from vision_ar.objectives.next_token import NextToken
+from vision_ar.pipeline import CACHE_DTYPES
 from vision_ar.sampler.engine import Condition, Session
 from vision_ar.sampler.guidance import constant
 from vision_ar.sampler.limit import bandwidth, wait, weight_bytes
+from vision_ar.sampler.logits import Law
+from vision_ar.sampler.pool import SessionPool
 
 VOCAB, CFG_SCALE = 16384, 4.0
-ROWS = ("plain", "transformers", "ours", "ours eager", "ours compiled", "ours int8")
-USUAL = {"cpu": ("plain", "transformers", "ours", "ours int8"), "cuda": ROWS[:-1]}
+ROWS = (
+    "plain", "transformers", "ours", "ours eager", "ours compiled", "ours int8", "ours float8", "ours cache8"
+)  # fmt: skip
+USUAL = {"cpu": ("plain", "transformers", "ours", "ours int8"), "cuda": ROWS}
 """Rows that are measured unless others are named."""
+SHORT = ("ours int8", "ours float8", "ours cache8")
+"""Rows with parts of 8 bits: the rest is in the shortest dtype."""
+PLANS = {"gpu": [("B", [1, 64]), ("L", [1, 256]), ("XL", [1, 16])]}
+"""Sizes and batches that are measured together, in the shortest dtype."""
 Steps = Callable[[], list[float]]
 """Writes one batch of images and returns the seconds of every token."""
 
@@ -64,21 +79,28 @@ def make_generator(size: str, seq_len: int, dtype: torch.dtype, device: str) -> 
 def ours(size: str, batch: int, seq_len: int, dtype: torch.dtype, device: str, row: str) -> Steps:
     """This project's sampler."""
     generator = make_generator(size, seq_len, dtype, device)
-    compiled = row == "ours compiled"
+    compiled, cache_dtype = row in ("ours compiled", "ours cache8"), None
+    if row == "ours cache8":
+        cache_dtype = CACHE_DTYPES["float8"]
     if not compiled:  # the compiler lays weights out itself
-        pack(generator, "int8" if row == "ours int8" else None)
-    fixed = False if row == "ours eager" else None
+        pack(generator, {"ours int8": "int8", "ours float8": "float8"}.get(row))
+    pool = SessionPool(generator, compiled, cache_dtype)  # what was captured serves the next batch
 
     def steps() -> list[float]:
-        condition = Condition(labels=torch.arange(batch) % 1000)
-        session = Session(generator, condition, torch.arange(batch), cfg_schedule=constant(CFG_SCALE), fixed=fixed,
-                          compile=compiled)  # fmt: skip
+        asked = (Condition(labels=torch.arange(batch) % 1000), torch.arange(batch), Law(), constant(CFG_SCALE), None)
+        if row == "ours eager":
+            session = Session(generator, *asked[:4], fixed=False)
+        else:
+            session = pool.open(*asked)
         seconds = []
         while not session.done:
             start = time.perf_counter()
             session.step()
-            wait(device)
             seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        wait(device)  # once: a GPU is told what to do faster than it does it
+        seconds[-1] += time.perf_counter() - start
+        pool.give_back(session, *asked)
         return seconds
 
     return steps
@@ -184,8 +206,10 @@ def peak_bytes(device: str) -> int:
 def least_bytes(size: str, batch: int, seq_len: int, dtype: str, row: str) -> float:
     """Bytes that a token reads at least: all weights, and on average half of the cache."""
     generator = make_generator(size, seq_len, getattr(torch, dtype), "meta")
-    weights = weight_bytes(generator) / (generator.backbone.norm.weight.element_size() if row == "ours int8" else 1)
-    return weights + 2 * batch * generator.backbone.new_cache(1).full_bytes / 2
+    width = generator.backbone.norm.weight.element_size()
+    weights = weight_bytes(generator) / (width if row in ("ours int8", "ours float8") else 1)
+    cache = generator.backbone.new_cache(1).full_bytes / (width if row == "ours cache8" else 1)
+    return weights + 2 * batch * cache / 2
 
 
 def measure(given: argparse.Namespace) -> None:
@@ -202,9 +226,9 @@ def measure(given: argparse.Namespace) -> None:
     print(json.dumps(found))
 
 
-def run_row(given: argparse.Namespace, row: str, dtype: str, batch: int) -> dict[str, float]:
+def run_row(given: argparse.Namespace, size: str, row: str, dtype: str, batch: int) -> dict[str, float]:
     """Measure a row in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.sampler_speed", "--row", row, "--size", given.size, "--dtype", dtype]
+    command = [sys.executable, "-m", "benchmarks.sampler_speed", "--row", row, "--size", size, "--dtype", dtype]
     command += ["--batch", str(batch), "--seq-len", str(given.seq_len), "--device", given.device]
     command += ["--repeats", str(given.repeats)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -213,13 +237,30 @@ def run_row(given: argparse.Namespace, row: str, dtype: str, batch: int) -> dict
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def plan(given: argparse.Namespace) -> list[tuple[str, str]]:
+def rows_of(given: argparse.Namespace) -> list[tuple[str, str]]:
     """Rows and dtypes that this machine has."""
     dtypes = ["float32"] + ["bfloat16"] * (given.device == "cuda" or packs(torch.bfloat16))
+    dtypes = dtypes[-1:] if given.plan else dtypes
     pairs = [(row, dtype) for row in given.rows or USUAL[given.device] for dtype in dtypes]
-    return [
-        (row, dtype) for row, dtype in pairs if row != "ours int8" or (dtype == dtypes[-1] and given.device == "cpu")
-    ]
+    return [(row, dtype) for row, dtype in pairs if row not in SHORT or dtype == dtypes[-1]]
+
+
+def compare(given: argparse.Namespace, size: str, batch: int) -> tuple[list[dict[str, Any]], float]:
+    """Measure all rows for one size and batch; also the bytes a second that reading reached."""
+    best: dict[tuple[str, str], dict[str, float]] = {}
+    reached = 0.0
+    for _ in range(given.rounds):
+        reached = max(reached, bandwidth(least_bytes(size, 1, given.seq_len, "float32", "plain"), given.device))
+        for row, dtype in rows_of(given):
+            found = run_row(given, size, row, dtype, batch)
+            if (row, dtype) not in best or found["seconds"] < best[row, dtype]["seconds"]:
+                best[row, dtype] = found
+    table = []
+    for (row, dtype), found in best.items():
+        limit = least_bytes(size, batch, given.seq_len, dtype, row) / reached * given.seq_len
+        table.append({"size": size, "batch": batch, "row": row, "dtype": dtype, **found, "limit": limit,
+                      "tokens_per_s": batch * given.seq_len / found["seconds"]})  # fmt: skip
+    return table, reached
 
 
 def main() -> None:
@@ -227,47 +268,40 @@ def main() -> None:
     p = OneLineParser(prog="python -m benchmarks.sampler_speed", description=__doc__.split("\n")[0])
     p.add_argument("--size", choices=PRESETS, default="B")
     p.add_argument("--batch", type=int, nargs="+", default=[1], help="images at a time")
+    p.add_argument("--plan", choices=PLANS, help="sizes and batches that are measured together, in place of both")
     p.add_argument("--seq-len", type=int, default=256, help="tokens of an image")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--rows", nargs="+", choices=ROWS, help="default: all that make sense on the device")
     p.add_argument("--rounds", type=int, default=2, help="times that all rows are measured, the best counts")
     p.add_argument("--repeats", type=int, default=2, help="batches in a round, the best counts")
-    p.add_argument("--out", type=Path, help="JSON file to write")
+    p.add_argument("--out", type=Path, help="JSON file to write, after every size and batch")
     p.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     p.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     given = p.parse_args()
     if given.row:
         measure(given)
         return
-    table = []
-    for batch in given.batch:
-        best: dict[tuple[str, str], dict[str, float]] = {}
-        reached = 0.0
-        for _ in range(given.rounds):
-            amount = least_bytes(given.size, 1, given.seq_len, "float32", "plain")
-            reached = max(reached, bandwidth(amount, given.device))
-            for row, dtype in plan(given):
-                found = run_row(given, row, dtype, batch)
-                if (row, dtype) not in best or found["seconds"] < best[row, dtype]["seconds"]:
-                    best[row, dtype] = found
-        for (row, dtype), found in best.items():
-            limit = least_bytes(given.size, batch, given.seq_len, dtype, row) / reached * given.seq_len
-            table.append({"size": given.size, "batch": batch, "row": row, "dtype": dtype, **found, "limit": limit,
-                          "tokens_per_s": batch * given.seq_len / found["seconds"]})  # fmt: skip
-    show(table, given, reached)
-    if given.out:
-        about = {"machine": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        given.out.write_text(json.dumps({**about, "bytes_per_s": reached, "rows": table}, indent=1))
+    about = {"machine": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    table: list[dict[str, Any]] = []
+    for size, batches in PLANS[given.plan] if given.plan else [(given.size, given.batch)]:
+        print(f"{size}, {given.seq_len} tokens, guidance {CFG_SCALE}, {given.device}, {about['threads']} threads")
+        print(HEADER)
+        for batch in batches:
+            rows, reached = compare(given, size, batch)
+            show(rows, given.seq_len)
+            print(f"        reads {reached / 1e9:.1f} GB/s", flush=True)
+            table += [{**row, "bytes_per_s": reached} for row in rows]
+            if given.out:
+                given.out.write_text(json.dumps({**about, "rows": table}, indent=1))
 
 
-def show(table: list[dict[str, Any]], given: argparse.Namespace, reached: float) -> None:
+HEADER = "batch   row             dtype      ms/token   tokens/s   images/s   of the limit   peak MiB   warm-up (s)"
+
+
+def show(table: list[dict[str, Any]], seq_len: int) -> None:
     """Print the rows."""
-    threads = torch.get_num_threads()
-    print(f"{given.size}, {given.seq_len} tokens, guidance {CFG_SCALE}, {given.device}, {threads} threads,")
-    print(f"reads {reached / 1e9:.1f} GB/s")
-    print("batch   row             dtype      ms/token   tokens/s   images/s   of the limit   peak MiB   warm-up (s)")
     for one in table:
-        ms, rate = 1e3 * one["seconds"] / given.seq_len, one["batch"] / one["seconds"]
+        ms, rate = 1e3 * one["seconds"] / seq_len, one["batch"] / one["seconds"]
         print(
             f"{one['batch']:5d}   {one['row']:14s}  {one['dtype']:9s} {ms:9.2f}  {one['tokens_per_s']:9.1f}"
             f"  {rate:9.3f}  {one['limit'] / one['seconds']:12.1%}  {one['peak'] / 2**20:9.0f}  {one['warm_up']:11.1f}"

@@ -206,6 +206,19 @@ class Cache(Protocol):
         """Mask (B, new, S) over what `append` will return: True may attend; None when everything may."""
 
 
+@dataclass
+class TrainingPass:
+    """What a tokenizer says of a training batch.
+
+    Args:
+        losses: by name; `loss` is what to minimise, the others are for the log.
+        estimate: the data as the tokenizer gives it back, with its gradient: what an adversary judges.
+    """
+
+    losses: dict[str, Tensor]
+    estimate: Tensor
+
+
 class Tokenizer(Recorded, nn.Module, ABC):
     """Turns data into tokens and back. Subclasses set `spec` and can be trained by `TokenizerModule`."""
 
@@ -229,8 +242,17 @@ class Tokenizer(Recorded, nn.Module, ABC):
         """Start showing `batch_size` sequences that are still being written."""
 
     @abstractmethod
+    def training_pass(self, data: Tensor, generator: torch.Generator | None = None) -> TrainingPass:
+        """Named losses of one batch, and what it looks like afterwards."""
+
     def training_losses(self, data: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Named losses of one batch; `loss` is what to minimise, the others are for the log."""
+        """The losses alone."""
+        return self.training_pass(data, generator).losses
+
+    @property
+    def last_weight(self) -> Tensor | None:
+        """Weight of the last layer, where an adversary compares gradients; None when there is no such layer."""
+        return None
 
     def token_makers(self) -> dict[str, Any]:
         """All that decides which tokens data gets, settings and weights by name: equal ones make the same tokens."""

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision_ar.checkpoints.store import SavedModel, load_model
+from vision_ar.checkpoints.importing import open_model
+from vision_ar.checkpoints.store import SavedModel
 from vision_ar.generator import Generator
 from vision_ar.interfaces import FREE, Tokenizer, Tokens
 from vision_ar.layers.packed import pack
@@ -335,23 +336,30 @@ def load(
     quantize: str | None = None,
     compile: bool = False,  # noqa: A002 named as users name it
     cache_dtype: str | None = None,
+    family: str | None = None,
+    image_size: int | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Pipeline:
     """Open a model for sampling; `checkpoints.store.load_model` opens one that can be trained.
 
     Args:
-        source: bundled name, model folder, training run or checkpoint file.
+        source: bundled name, model folder, training run, checkpoint file, published file of a known family, or a model
+            on the Hugging Face Hub as `hf:owner/name[/file]`.
         device: where to.
         dtype: of the generator.
         quantize: see `Pipeline.prepare`.
         compile: let `torch.compile` take the step from token to token, where model and settings allow it. It takes half
             a minute before the first image and pays on a GPU.
         cache_dtype: see `Pipeline.prepare`.
+        family: of a published file, where its names and shapes do not decide.
+        image_size: in pixels, of a published file, where several look the same.
+        tokenizer: file or folder of the tokenizer of a published generator.
 
     Raises:
         FileNotFoundError: when there is no such model.
         ValueError: when it is damaged, or only a tokenizer.
     """
-    saved = source if isinstance(source, SavedModel) else load_model(source)
+    saved = source if isinstance(source, SavedModel) else open_model(source, family, image_size, tokenizer)
     if saved.generator is None:
         raise ValueError(f"model must have a generator, {saved.name} is only a tokenizer")
     described = saved.description

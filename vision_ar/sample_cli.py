@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from vision_ar.checkpoints.importing import add_import_options
 from vision_ar.command_line import USER_ERRORS, OneLineParser, check_writable, fail
 from vision_ar.interfaces import ImageTokenizer
 from vision_ar.pictures import columns_for, grid, read_image, save_previews, to_pil
@@ -36,7 +37,12 @@ DEFAULT_MODEL = "cifar10-dar"
 def parser() -> argparse.ArgumentParser:
     """The arguments of `sample.py`."""
     p = OneLineParser(prog="sample.py", description="Sample images from a saved model into a folder.")
-    p.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, model folder, training run or checkpoint")
+    p.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="bundled name, model folder, training run, checkpoint, published file, or hf:owner/name on the Hub",
+    )
+    add_import_options(p)
     p.add_argument(
         "--labels",
         nargs="+",
@@ -62,7 +68,8 @@ def main(args: Sequence[str] | None = None) -> None:
     given = parser().parse_args(args)
     try:
         check_writable(given.out)
-        pipe = load(given.model, pick_device(given.device), compile=given.compile, **weight_options(given))
+        published = {"family": given.family, "image_size": given.image_size, "tokenizer": given.tokenizer}
+        pipe = load(given.model, pick_device(given.device), compile=given.compile, **weight_options(given), **published)
         sample_to_folder(pipe, given)
     except USER_ERRORS as error:
         fail(error)

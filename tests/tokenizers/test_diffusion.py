@@ -140,7 +140,7 @@ def test_groups_of_unequal_size_and_another_shift_decode_as_the_formulas_say(flo
 def test_the_shift_of_decoding_is_not_that_of_training() -> None:
     images, noise, raw = make_images(2), torch.zeros(2, 3, 8, 8), torch.tensor([0.3, 0.6])
     plain, shifted = make_tokenizer(), make_tokenizer(flow=FlowConfig(decoding_shift=5.0))
-    assert torch.equal(*(t.losses_at(images, raw, noise)["loss"] for t in (plain, shifted)))
+    assert torch.equal(*(t.pass_at(images, raw, noise).losses["loss"] for t in (plain, shifted)))
     assert not torch.allclose(decode(plain, make_ids()), decode(shifted, make_ids()))
 
 
@@ -268,7 +268,7 @@ def test_training_losses_equal_a_loop_over_images_and_known_tokens(groups: dict[
     images, noise = make_images(4), torch.randn(4, 3, 8, 8, generator=seeded(3))
     raw = torch.tensor([0.0, 0.2, 0.5, 0.99])
     with torch.no_grad():
-        found = tokenizer.losses_at(images, raw, noise)
+        found = tokenizer.pass_at(images, raw, noise).losses
         expected = slow_losses(tokenizer, images, raw, noise)
     expected["loss"] = expected["flow"] + 0.7 * expected["codebook"] + 0.3 * expected["commitment"]
     assert found.keys() == expected.keys()
@@ -282,7 +282,7 @@ def test_tokens_that_are_not_known_yet_do_not_enter_the_losses() -> None:
     tokenizer.encoder.register_forward_hook(lambda _module, _inputs, latents: taken.append(latents))
     for raw, known in ((0.0, 2), (0.2, 4), (0.4, 6), (0.99, 8)):
         taken.clear()
-        losses = tokenizer.losses_at(images, torch.tensor([raw]), torch.zeros(1, 3, 8, 8))
+        losses = tokenizer.pass_at(images, torch.tensor([raw]), torch.zeros(1, 3, 8, 8)).losses
         (gradient,) = torch.autograd.grad(losses["loss"], taken[0])
         assert gradient.abs().sum(dim=-1)[0].gt(0).tolist() == [True] * known + [False] * (8 - known)
 
@@ -399,7 +399,7 @@ class MeanError(torch.nn.Module):
 
 
 def test_lpips_judges_the_jump_to_the_end_and_reaches_pixels_out_of_range(monkeypatch) -> None:
-    monkeypatch.setattr(perceptual, "load_lpips", MeanError)
+    monkeypatch.setattr(perceptual, "load_lpips", lambda weights: MeanError())
     tokenizer = make_tokenizer(losses=LossConfig(lpips=0.5)).train()
     torch.nn.init.constant_(tokenizer.velocity.conv_out.bias, 30.0)  # estimates far above 1
     images, draws = make_images(), torch.Generator().manual_seed(0)

@@ -173,7 +173,7 @@ def test_previews_are_those_of_the_published_classes(tokenizer, noise, golden) -
 
 def test_training_losses_are_those_of_the_published_classes(tokenizer, images, noise, golden) -> None:
     with torch.no_grad():
-        losses = tokenizer.losses_at(images, torch.tensor(golden["train_u"]), noise)
+        losses = tokenizer.pass_at(images, torch.tensor(golden["train_u"]), noise).losses
     assert float(losses["flow"]) == pytest.approx(golden["train_fm_loss"], rel=1e-5)
     assert float(losses["codebook"]) == pytest.approx(golden["train_vq_loss"], rel=1e-5)
     commitment = tokenizer.losses.commitment * float(losses["commitment"])  # recorded with its weight

@@ -212,19 +212,28 @@ def test_a_generator_needs_a_tokenizer() -> None:
         GeneratorModule()
 
 
-def test_two_processes_train_on_different_images_and_agree(tmp_path) -> None:
-    config = str(ROOT / "configs" / "tokenizers" / "dar_digits.yaml")
+ADVERSARY = {"--model.init_args.adversary.init_args.start_step": "2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "more"),
+    [("dar_digits", "ddp", {}), ("vq_digits", "ddp_find_unused_parameters_true", ADVERSARY)],
+    ids=["plain", "adversary"],
+)
+def test_two_processes_train_on_different_images_and_agree(tmp_path, name, strategy, more) -> None:
+    config = str(ROOT / "configs" / "tokenizers" / f"{name}.yaml")
     writer = "tests.training.write_parameters.WriteParameters"
     options = {
         "--trainer.accelerator": "cpu",
         "--trainer.devices": "2",
-        "--trainer.strategy": "ddp",
+        "--trainer.strategy": strategy,
         "--trainer.max_steps": "6",
         "--trainer.val_check_interval": "6",
         "--trainer.limit_val_batches": "1",
         "--trainer.default_root_dir": str(tmp_path),
         "--trainer.callbacks+": f"{{class_path: {writer}, init_args: {{folder: {tmp_path}}}}}",
         "--model.init_args.tokenizer.init_args.losses.revive_every": "4",
+        **more,
     }
     command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", config]
     command += [f"{name}={value}" for name, value in options.items()]

@@ -28,13 +28,20 @@ class PerceptualLosses(nn.Module):
         repa_weights: file with DINOv2 ViT-B/14 weights as timm stores them.
         dim: width of the features that REPA reads.
         classifier: file or bundled name of a small classifier as a judge; None for none.
+        lpips_weights: file of torchvision's VGG-16, or None for the cache of torch hub.
     """
 
     def __init__(
-        self, lpips: float, repa: float, repa_weights: str | None, dim: int, classifier: str | None = None
+        self,
+        lpips: float,
+        repa: float,
+        repa_weights: str | None,
+        dim: int,
+        classifier: str | None = None,
+        lpips_weights: str | None = None,
     ) -> None:
         super().__init__()
-        self._classifier = classifier
+        self._classifier, self._lpips_weights = classifier, lpips_weights
         self.uses_lpips, self.uses_repa, self._repa_weights = lpips > 0, repa > 0, repa_weights
         if self.uses_repa and repa_weights is None:
             raise ValueError("repa_weights must name a file with DINOv2 ViT-B/14 weights when repa > 0, got None")
@@ -43,17 +50,17 @@ class PerceptualLosses(nn.Module):
             self.repa_out = nn.Sequential(layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])
         self._judges: dict[str, nn.Module] = {}
 
-    def forward(self, images: Tensor, estimate: Tensor, features: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, estimate: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
         """Named losses; empty when all are off.
 
         Args:
             images: the data, (B, 3, H, W), in [-1, 1].
             estimate: what the decoder makes of it, (B, 3, H, W).
-            features: patch vectors of the velocity net on a square grid, (B, T, D).
+            features: patch vectors of the velocity net on a square grid, (B, T, D), for REPA.
         """
         named = {}
         if self.uses_lpips:
-            judge = self._judge("lpips", load_lpips).to(images.device)
+            judge = self._judge("lpips", partial(load_lpips, self._lpips_weights)).to(images.device)
             with torch.autocast(images.device.type, enabled=False):
                 named["lpips"] = judge(estimate.float(), images.float()).mean()
         if self._classifier is not None:
@@ -61,6 +68,7 @@ class PerceptualLosses(nn.Module):
             judge = judge.to(images.device).to(memory_format=torch.channels_last)  # a third faster on a CPU
             named["classifier"] = classifier_distance(judge, images, estimate)
         if self.uses_repa:
+            assert features is not None
             judge = self._judge("repa", lambda: load_dino(self._repa_weights)).to(images.device)
             named["repa"] = repa_loss(self.repa_out(features), dino_features(judge, images))
         return named
@@ -115,20 +123,31 @@ def dino_features(judge: nn.Module, images: Tensor) -> Tensor:
         return judge.forward_features((pixels - mean) / std)[:, 1:]  # type: ignore[operator]
 
 
-def load_lpips() -> nn.Module:
+def load_lpips(weights: str | None = None) -> nn.Module:
     """LPIPS with a VGG-16 trunk, from torchmetrics and torchvision; the bare net, which takes any range of values.
 
+    Args:
+        weights: file of torchvision's VGG-16; None looks in the cache of torch hub. Nothing is downloaded.
+
     Raises:
-        FileNotFoundError: when the trunk's weights are not in the cache of torch hub; nothing is downloaded.
+        FileNotFoundError: when there is no such file.
+        ValueError: when it holds something else.
     """
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+    from torchmetrics.functional.image.lpips import _LPIPS
     from torchvision.models import VGG16_Weights
 
     url = VGG16_Weights.IMAGENET1K_V1.url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2])
     if not path.is_file():
         raise FileNotFoundError(f"LPIPS needs the weights of VGG-16 in {path}, got no such file; fetch {url}")
-    return LearnedPerceptualImagePatchSimilarity(net_type="vgg").net
+    net = _LPIPS(net="vgg", pnet_rand=True)
+    trunk = torch.load(path, map_location="cpu", weights_only=True)
+    own = net.net.state_dict()  # slice2.5.weight is what torchvision calls features.5.weight
+    try:
+        net.net.load_state_dict({name: trunk["features." + name.split(".", 1)[1]] for name in own})
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"lpips_weights must be those of torchvision's vgg16, got {path}: {error}") from error
+    return net
 
 
 def load_dino(path: str | None) -> nn.Module:

@@ -58,6 +58,17 @@ class VectorQuantizer(nn.Module):
         straight = latents + (quantized - latents).detach()
         return Quantized(straight, tokens, codebook_loss, commitment_loss)
 
+    def entropy_loss(self, latents: Tensor, temperature: float = 0.01) -> Tensor:
+        """Entropy of each token's choice less the entropy of all choices together, a number; low is sure and varied.
+
+        Source:
+            MaskGIT's code, as LlamaGen has it, on the similarities of unit vectors.
+        """
+        similar = F.normalize(latents.float(), dim=-1).flatten(0, -2) @ F.normalize(self.codebook, dim=-1).T
+        logprobs = (2 * similar / temperature).log_softmax(dim=-1)  # minus the squared distance, but for a constant
+        probs, mean = logprobs.exp(), logprobs.exp().mean(dim=0)
+        return -(probs * logprobs).sum(dim=-1).mean() + (mean * (mean + 1e-5).log()).sum()
+
     def lookup(self, tokens: Tensor) -> Tensor:
         """Codebook rows of tokens, (..., C), unit length."""
         return F.normalize(self.codebook[tokens].float(), dim=-1)

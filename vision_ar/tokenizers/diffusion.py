@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision_ar.interfaces import AttentionPattern, ImageTokenizer, Preview, Tokens, TokenSpec
+from vision_ar.interfaces import AttentionPattern, ImageTokenizer, Preview, Tokens, TokenSpec, TrainingPass
 from vision_ar.layers.attention import Allowed, allow
 from vision_ar.layers.blocks import GatedBlock, plain_norm
 from vision_ar.layers.classifier import IMAGE_SIZE as JUDGED_SIZE
@@ -226,13 +226,18 @@ class DiffusionTokenizer(ImageTokenizer):
         shape = (self.channels, self.image_size, self.image_size)
         return self.flow.noise_scale * keyed_normal(seeds.to(device), shape)
 
-    def training_losses(self, data: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def training_pass(self, data: Tensor, generator: torch.Generator | None = None) -> TrainingPass:
         """Flow loss at a random time per image, with quantisation losses on the tokens known by then."""
         raw = torch.rand(data.shape[0], generator=generator, device=generator.device if generator else data.device)
-        return self.losses_at(data, raw.to(data.device), keyed_or_random(data, generator))
+        return self.pass_at(data, raw.to(data.device), keyed_or_random(data, generator))
 
-    def losses_at(self, data: Tensor, raw: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Named losses at given raw times (B,) in [0, 1) and noise (B, C, H, W)."""
+    @property
+    def last_weight(self) -> Tensor:
+        """Weight of the last layer of the velocity net."""
+        return self.velocity.conv_out.weight
+
+    def pass_at(self, data: Tensor, raw: Tensor, noise: Tensor) -> TrainingPass:
+        """Losses at given raw times (B,) in [0, 1) and noise (B, C, H, W); the estimate is that of one step."""
         weights, std = self.losses, self.flow.data_std
         latents = self.encoder(data)
         found = self.quantizer(latents)
@@ -254,11 +259,12 @@ class DiffusionTokenizer(ImageTokenizer):
         named["loss"] = named["flow"] + weights.codebook * named["codebook"] + weights.commitment * named["commitment"]
         if self.anchor is not None:
             named["anchor"] = self.anchor(found.quantized, cond, cond_mask, data)
-        named |= self.perceptual(data, (noisy + (1 - fade) * velocity) / std, features)
+        estimate = (noisy + (1 - fade) * velocity) / std
+        named |= self.perceptual(data, estimate, features)
         for name in ("anchor", "lpips", "classifier", "repa"):
             if name in named:
                 named["loss"] = named["loss"] + getattr(weights, name) * named[name]
-        return named
+        return TrainingPass(named, estimate)
 
     def token_makers(self) -> dict[str, Any]:
         """Encoder, codebook and order; the decoder has no say."""

@@ -51,7 +51,7 @@ class TrainingModule(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser over the trainable parameters, matrices decayed, and the step-wise schedule."""
-        trainable = [p for p in self.parameters() if p.requires_grad]
+        trainable = [p for p in self.trained().parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trainable if p.dim() >= WEIGHT_DECAY_MIN_DIMS]},
             {"params": [p for p in trainable if p.dim() < WEIGHT_DECAY_MIN_DIMS], "weight_decay": 0.0},
@@ -59,6 +59,10 @@ class TrainingModule(L.LightningModule, ABC):
         optimizer = self.optimizer(groups)
         scheduler = self.schedule.attach(optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def trained(self) -> nn.Module:
+        """What the optimiser moves."""
+        return self
 
     def configure_gradient_clipping(
         self,

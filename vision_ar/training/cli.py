@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from typing import Any, NoReturn
 
 import lightning as L
@@ -25,6 +26,8 @@ TRAINING_ERRORS = (ValueError, OSError, ImportError, pickle.UnpicklingError, Mis
 def main(args: list[str] | None = None) -> None:
     """Run `fit`, `validate` or `test` as the arguments say; user errors are one line and exit code 2."""
     torch.set_float32_matmul_precision("high")
+    # with an adversary: Lightning advises to save weights from before the step; ours are those after it, as everywhere
+    warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
     try:
         make_cli(args, run=True)
     except TRAINING_ERRORS as error:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
-from vision_ar.interfaces import Backbone, Objective, TokenSpec
+from vision_ar.interfaces import Backbone, Objective, Plan, TokenSpec, run
 
 
 class Generator(nn.Module):
@@ -23,3 +23,7 @@ class Generator(nn.Module):
         self.spec, self.objective = spec, objective
         self.backbone = backbone(spec)
         self.heads = nn.ModuleDict(objective.heads(self.backbone.dim, spec))
+
+    def forward(self, plan: Plan) -> dict[str, Tensor]:
+        """Losses of a plan; what shards or wraps a model meets all its weights in this call."""
+        return run(self.backbone, self.heads, plan)  # type: ignore[arg-type]  # ModuleDict is a mapping

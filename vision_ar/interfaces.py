@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -83,11 +84,11 @@ class TokenSpec:
     @property
     def ends(self) -> tuple[int, ...]:
         """Number of tokens known after each group, the last one is `seq_len`."""
-        return tuple(torch.tensor(self.groups).cumsum(0).tolist())
+        return tuple(itertools.accumulate(self.groups))
 
     def group_of(self) -> Tensor:
         """Group of each token, (T,), int64."""
-        return torch.repeat_interleave(torch.arange(len(self.groups)), torch.tensor(self.groups))
+        return torch.tensor([group for group, size in enumerate(self.groups) for _ in range(size)])
 
     def positions(self) -> Tensor:
         """Coordinates of each token, (T, A), int64: the index for a sequence, row-major places for a grid."""

@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def build(described: dict[str, Any], base: type, *arguments: Any) -> Any:
 def save_model(
     folder: str | Path,
     description: Description,
-    parts: dict[str, nn.Module],
+    parts: Mapping[str, nn.Module | Mapping[str, Tensor]],
     card: str,
     dtype: torch.dtype | None = None,
 ) -> Path:
@@ -128,13 +129,14 @@ def save_model(
     Args:
         folder: made if needed; files of an earlier save are replaced.
         description: of the parts.
-        parts: modules by name, tokenizer and generator.
+        parts: modules, or their tensors by name; tokenizer and generator.
         card: text of README.md: data, numbers, limits.
         dtype: floating-point weights are stored in this; None keeps theirs.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    tensors = {name: part.state_dict() if isinstance(part, nn.Module) else part for name, part in parts.items()}
+    weights = {f"{name}.{key}": value for name, part in tensors.items() for key, value in part.items()}
     weights = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in weights.items()}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:
         save_file({key: value.contiguous().cpu() for key, value in weights.items()}, Path(scratch) / WEIGHTS)

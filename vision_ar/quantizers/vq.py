@@ -50,7 +50,8 @@ class VectorQuantizer(nn.Module):
         """Quantise latents (B, T, C) and give both losses, float32, unweighted."""
         latents = F.normalize(latents.float(), dim=-1)
         codebook = F.normalize(self.codebook.float(), dim=-1)
-        with torch.autocast(latents.device.type, enabled=False):  # a near-tie must not be decided by bf16
+        kind = "cpu" if latents.is_meta else latents.device.type
+        with torch.autocast(kind, enabled=False):  # a near-tie must not be decided by bf16
             tokens = (latents.detach() @ codebook.detach().T).argmax(dim=-1)
         quantized = codebook[tokens]
         codebook_loss = (quantized - latents.detach()).square().mean(dim=-1)

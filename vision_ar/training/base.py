@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -25,6 +26,7 @@ from vision_ar.data.images import ImageDataModule
 from vision_ar.generator import Generator
 from vision_ar.interfaces import Tokenizer
 from vision_ar.training.schedules import Schedule
+from vision_ar.training.sharding import shard
 
 WEIGHT_DECAY_MIN_DIMS = 2  # biases, norms and gates are not decayed, as all published recipes have it
 
@@ -39,6 +41,7 @@ class TrainingModule(L.LightningModule, ABC):
     optimizer: OptimizerCallable
     schedule: Schedule
     seed: int
+    _sharded = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainingModule:
         """Copy weights and settings, for averaging; share what leads to the trainer, whose locks cannot be copied."""
@@ -63,6 +66,16 @@ class TrainingModule(L.LightningModule, ABC):
     def trained(self) -> nn.Module:
         """What the optimiser moves."""
         return self
+
+    def configure_model(self) -> None:
+        """Shard what is trained, where the strategy asks for it."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self._sharded:
+            mesh = self.device_mesh
+            assert mesh is not None
+            if (split := mesh["tensor_parallel"].size()) != 1:  # Lightning's default, which would train copies apart
+                raise ValueError(f"tensor_parallel_size must be 1 and data_parallel_size all processes, got {split}")
+            shard(self.trained(), mesh["data_parallel"])
+            self._sharded = True  # Lightning calls this for every stage
 
     def configure_gradient_clipping(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 from vision_ar.checkpoints.store import save_model
 from vision_ar.quantizers.vq import VectorQuantizer
 from vision_ar.training.base import TrainingModule
+from vision_ar.training.sharding import whole_tensors
 
 
 class EMA(WeightAveraging):
@@ -76,9 +77,11 @@ class ExportModel(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write it, once, from the first process."""
         folder = log_folder(trainer) / "model"
-        if trainer.fast_dev_run or not trainer.is_global_zero or not isinstance(pl_module, TrainingModule):  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or not isinstance(pl_module, TrainingModule):  # type: ignore[attr-defined]
             return
-        save_model(folder, pl_module.description(), pl_module.parts(), card(trainer, pl_module))
+        parts = {name: whole_tensors(part) for name, part in pl_module.parts().items()}  # every process has a share
+        if trainer.is_global_zero:
+            save_model(folder, pl_module.description(), parts, card(trainer, pl_module))
 
 
 def card(trainer: L.Trainer, pl_module: TrainingModule) -> str:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from vision_ar.command_line import explain, fail
 from vision_ar.training.callbacks import ExportModel
 from vision_ar.training.generator import GeneratorModule  # noqa: F401 checkpoints name these classes
+from vision_ar.training.plan import plan_training
 from vision_ar.training.precision import fitting_precision
 from vision_ar.training.progress import StepProgress
 from vision_ar.training.tokenizer import TokenizerModule  # noqa: F401
@@ -64,6 +65,34 @@ class CommandLine(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Without `predict`, which would drop what it computes: `sample.py` and `cache_codes` write theirs."""
         return {name: kept for name, kept in LightningCLI.subcommands().items() if name != "predict"}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the flag that only plans a run."""
+        parser.add_argument(
+            "--print_plan",
+            action="store_true",
+            help="print weights, memory of a GPU and FLOPs of a step, and stop; needs neither memory nor a GPU",
+        )
+
+    @property
+    def plans(self) -> bool:
+        """True when the run is only to be planned."""
+        return bool((self.config[self.subcommand] if self.subcommand else self.config).get("print_plan"))
+
+    def instantiate_classes(self) -> None:
+        """Build everything; for a plan without numbers."""
+        if not self.plans:
+            super().instantiate_classes()
+            return
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
+        with torch.device("meta"):
+            super().instantiate_classes()
+
+    def before_fit(self) -> None:
+        """Say what a step takes, and stop, where that was asked for."""
+        if self.plans:
+            print("\n".join(plan_training(self.model, self.trainer, self.datamodule).lines()))
+            raise SystemExit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add the bar to the callbacks that a trainer always gets; a trial run leaves no checkpoint."""

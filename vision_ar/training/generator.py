@@ -7,12 +7,12 @@ from functools import partial
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
 from vision_ar.backbones.llama import Llama
 from vision_ar.checkpoints.store import load_tokenizer
 from vision_ar.generator import Generator
-from vision_ar.interfaces import Backbone, Objective, Tokenizer, Tokens, TokenSpec, run
+from vision_ar.interfaces import Backbone, Objective, Tokenizer, Tokens, TokenSpec
 from vision_ar.objectives.next_token import NextToken
 from vision_ar.training.base import TrainingModule
 from vision_ar.training.schedules import Schedule
@@ -54,6 +54,10 @@ class GeneratorModule(TrainingModule):
         if init_from is not None:
             load_init(self, init_from)
 
+    def trained(self) -> nn.Module:
+        """The generator; its tokenizer is frozen."""
+        return self.generator
+
     def train(self, mode: bool = True) -> GeneratorModule:
         """Switch the mode of the generator; the frozen tokenizer always stays in evaluation mode."""
         super().train(mode)
@@ -70,9 +74,7 @@ class GeneratorModule(TrainingModule):
 
     def losses(self, batch: dict[str, Tensor], draws: torch.Generator, progress: float) -> dict[str, Tensor]:
         """Named losses of one batch."""
-        generator = self.generator
-        plan = generator.objective.plan(self.tokens_of(batch), draws, progress)
-        return run(generator.backbone, generator.heads, plan)  # type: ignore[arg-type]  # ModuleDict is a mapping
+        return self.generator(self.generator.objective.plan(self.tokens_of(batch), draws, progress))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch."""

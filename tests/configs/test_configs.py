@@ -1,6 +1,7 @@
 """Every config parses and builds; those on embedded data also train for a step."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ from vision_ar.training.cli import main, make_cli
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+FULL_SIZE = {  # trained weights, as published
+    "tokenizers/dar_imagenet256": 307_440_000, "tokenizers/vq16_imagenet256": 71_880_000,
+    "generators/dar_l": 342_910_976, "generators/dar_xl": 774_699_520, "generators/llamagen_b": 110_888_448,
+    "generators/llamagen_l": 342_910_976, "generators/llamagen_xl": 774_699_520,
+    "generators/llamagen_xxl": 1_410_972_672, "generators/llamagen_3b": 3_096_659_200,
+}  # fmt: skip
+SMALL = [path for path in CONFIGS if f"{path.parent.name}/{path.stem}" not in FULL_SIZE]
 OVERLAYS = {
     "dar_cifar10_reversed": "dar_cifar10",
     "dar_fashion_reversed": "dar_fashion",
@@ -41,11 +49,32 @@ def arguments(path: Path, folder: Path) -> list[str]:
     return given
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_config_builds(path, tmp_path) -> None:
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_small_config_builds(path, tmp_path) -> None:
     cli: LightningCLI = make_cli(arguments(path, tmp_path), run=False)
     assert sum(p.numel() for p in cli.model.parameters()) > 0
     assert dataclasses.asdict(cli.model.description())["tokenizer"]["class_path"].startswith("vision_ar.")
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_full_size_configs_are_planned_with_the_published_weights(name, monkeypatch, capsys) -> None:
+    path = ROOT / "configs" / f"{name}.yaml"
+    given = ["fit", f"--config={path}", "--print_plan", "--trainer.accelerator=cpu"]
+    if path.parent.name == "generators":
+        kind = "dar" if path.stem.startswith("dar") else "vq16"
+        config = yaml.safe_load((ROOT / "configs" / "tokenizers" / f"{kind}_imagenet256.yaml").read_text())
+        described = config["model"]["init_args"]["tokenizer"]
+        arguments = {key: value for key, value in described["init_args"].items() if key != "losses"}
+        given += ["--model.init_args.tokenizer_from=null", f"--model.init_args.tokenizer={described['class_path']}"]
+        given += [f"--model.init_args.tokenizer.init_args={json.dumps(arguments)}"]
+    with pytest.raises(SystemExit) as stopped:
+        main(given)
+    assert stopped.value.code == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:1] in "wma")
+    trained = int(lines["weights"].split()[0].replace(",", ""))
+    adversary = 2_765_633 if name.endswith("vq16_imagenet256") else 0
+    assert trained - adversary == pytest.approx(FULL_SIZE[name], abs=0 if "generators" in name else 5_000)
+    assert "GiB" in lines["memory"] and "TFLOP" in lines["a"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -25,6 +25,7 @@ from vision_ar.sampler.guidance import CfgSchedule, cfg_schedule
 from vision_ar.sampler.logits import Law
 from vision_ar.sampler.memory import check_batch
 from vision_ar.sampler.pool import SessionPool
+from vision_ar.shapes import check_shape
 
 CACHE_DTYPES = {"float8": torch.float8_e4m3fn}
 """Names of the dtypes of keys and values that are not those of the weights."""
@@ -73,7 +74,7 @@ class Samples:
     Args:
         images: (B, C, H, W), clamped to [-1, 1].
         ids: their tokens, (B, T).
-        labels: their class ids.
+        labels: their class ids; empty where features were given.
         seeds: their seeds.
         previews: what was visible after each group, (B, groups, C, H, W), or None.
     """
@@ -199,7 +200,7 @@ class Pipeline:
 
     def stream(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int] | Condition,
         seed: int | Sequence[int] = 0,
         forced: Tensor | None = None,
         previews: bool = True,
@@ -209,7 +210,7 @@ class Pipeline:
         """Sample one image per label and tell what happens, token by token.
 
         Args:
-            labels: class ids.
+            labels: class ids; for a generator of texts or other features their `Condition`.
             seed: of the first image, image i has seed + i; or one seed per image.
             forced: tokens that are already decided, (B, T), -1 where the model chooses.
             previews: decode after every group.
@@ -219,14 +220,14 @@ class Pipeline:
         Returns:
             Iterator of events; the preview of the last group, and of `done`, is the finished image.
         """
-        if each is not None and len(each) != len(labels):
-            raise ValueError(f"each must have settings for every image, got {len(each)} for {len(labels)} images")
+        condition = self.condition(labels)
+        if each is not None and len(each) != len(condition):
+            raise ValueError(f"each must have settings for every image, got {len(each)} for {len(condition)} images")
         chosen = [self.settings(**{**settings, **own}) for own in ([{}] if each is None else each)]
         laws, schedules = [one.law() for one in chosen], [one.schedule() for one in chosen]
         law: Any = laws[0] if each is None else laws
         schedule: Any = schedules[0] if each is None else schedules
-        seeds = torch.tensor(spread_seeds(seed, len(labels)))
-        condition = Condition(labels=torch.tensor(self.check_labels(labels)))
+        seeds = torch.tensor(spread_seeds(seed, len(condition)))
         asked = (condition, seeds, law, schedule, forced)
         session = self._sessions.open(*asked)  # here, so that wrong settings are told before the first event
         return self._run(session, self.tokenizer if previews else None, asked)
@@ -235,9 +236,26 @@ class Pipeline:
         yield from stream(session, tokenizer, asked[1].to(self.device))
         self._sessions.give_back(session, *asked)
 
+    def condition(self, labels: Sequence[int] | Condition) -> Condition:
+        """What images are conditioned on, checked: class ids, or features of the shape that the generator reads.
+
+        Raises:
+            ValueError: when the generator takes the other kind, or other sizes.
+        """
+        backbone: Any = self.generator.backbone
+        wanted = getattr(backbone, "cond_shape", None)
+        if not isinstance(labels, Condition):
+            if wanted is not None:
+                raise ValueError("labels must be left out: this generator is conditioned on features of a text")
+            return Condition(labels=torch.tensor(self.check_labels(labels)))
+        if labels.cond is None or wanted is None:
+            raise ValueError("features must be left out: this generator is conditioned on class labels")
+        check_shape("features", labels.cond, "B S D", S=wanted[0], D=wanted[1])
+        return labels
+
     def sample(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int] | Condition,
         seed: int | Sequence[int] = 0,
         batch_size: int = 64,
         forced: Tensor | None = None,
@@ -251,7 +269,7 @@ class Pipeline:
 
     def sample_batches(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int] | Condition,
         seed: int | Sequence[int] = 0,
         batch_size: int = 64,
         forced: Tensor | None = None,
@@ -274,7 +292,8 @@ class Pipeline:
                     shown.append(event.preview)
                 if on_event is not None:
                     on_event(event, len(seeds[part]))
-            yield self._finish(event, shown, list(labels[part]), seeds[part], previews)
+            told = [] if isinstance(labels, Condition) else list(labels[part])
+            yield self._finish(event, shown, told, seeds[part], previews)
 
     def _finish(
         self, event: Event, shown: list[Tensor | None], labels: list[int], seeds: list[int], previews: bool

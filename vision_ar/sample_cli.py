@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from vision_ar.checkpoints.importing import add_import_options
 from vision_ar.command_line import USER_ERRORS, OneLineParser, check_writable, fail
+from vision_ar.data.text_features import TextFeatures
 from vision_ar.interfaces import ImageTokenizer
 from vision_ar.pictures import columns_for, grid, read_image, save_previews, to_pil
 from vision_ar.pipeline import Pipeline, Samples, load
-from vision_ar.sampler.engine import Event
+from vision_ar.sampler.engine import Condition, Event
 from vision_ar.sampler.limit import token_seconds
 from vision_ar.sampling_options import (
     add_sampling_options,
@@ -31,7 +32,7 @@ from vision_ar.sampling_options import (
     weight_options,
 )
 
-DEFAULT_MODEL = "cifar10-dar"
+DEFAULT_MODEL, DEFAULT_NUM = "cifar10-dar", 16
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="LABEL",
         help="class names, or ids where no class has that name; cycled up to --num; default all",
     )
-    p.add_argument("--num", type=int, default=16, help="number of images (default 16)")
+    p.add_argument("--features", type=Path, metavar="FILE", help="texts from vision_ar.data.text_features, not labels")
+    p.add_argument("--num", type=int, help="number of images (default 16, or one for every text)")
     add_sampling_options(p)
     p.add_argument("--seed", type=int, default=0, help="of image 0; image i has seed + i (default 0)")
     p.add_argument("--batch-size", type=int, default=64, help="images at a time; does not change them (default 64)")
@@ -79,9 +81,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def sample_to_folder(pipe: Pipeline, given: argparse.Namespace) -> None:
     """Sample and write all files, or none."""
-    if given.num < 1:
+    if given.num is not None and given.num < 1:
         raise ValueError(f"num must be at least 1, got {given.num}")
-    labels = cycle_labels(parse_labels(given.labels, pipe), given.num)
+    labels, prompts = conditions(pipe, given)
+    given.num = len(labels)
     settings = pipe.settings(**sampling_options(given))
     forced = None
     if given.prefix_from is not None:
@@ -100,7 +103,10 @@ def sample_to_folder(pipe: Pipeline, given: argparse.Namespace) -> None:
     if forced is not None:
         used |= {"prefix_from": str(given.prefix_from), "prefix_tokens": given.prefix_tokens}
     report = {"model": {"name": pipe.name, "hash": pipe.digest}, "settings": used, "seconds": seconds}
-    write_folder(given.out, samples, report)
+    asked: list[dict[str, Any]] = [{"prompt": text} for text in prompts] or [
+        {"label": label} for label in samples.labels
+    ]
+    write_folder(given.out, samples, asked, report)
     rate = f"{given.num / seconds:.1f} images/s" if seconds else "at once"
     print(f"{given.num} images in {seconds:.1f} s ({rate}) in {given.out}/, see {given.out / 'grid.png'}")
     if given.roofline:
@@ -118,7 +124,7 @@ def roofline(pipe: Pipeline, batch_size: int, settings: dict[str, Any], seconds:
 
 def run_with_bar(
     pipe: Pipeline,
-    labels: list[int],
+    labels: list[int] | Condition,
     given: argparse.Namespace,
     forced: Tensor | None,
     settings: dict[str, Any],
@@ -145,7 +151,7 @@ def run_with_bar(
         return Samples.joined(list(batches))
 
 
-def write_folder(out: Path, samples: Samples, report: dict[str, Any]) -> None:
+def write_folder(out: Path, samples: Samples, asked: list[dict[str, Any]], report: dict[str, Any]) -> None:
     """Write images, grid, previews and `samples.json` beside the folder first, then move them in."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as scratch:
@@ -153,7 +159,7 @@ def write_folder(out: Path, samples: Samples, report: dict[str, Any]) -> None:
         for number, image in enumerate(samples.images):
             name = f"{number:05d}.png"
             to_pil(image).save(folder / name)
-            images.append({"file": name, "label": samples.labels[number], "seed": samples.seeds[number]})
+            images.append({"file": name, **asked[number], "seed": samples.seeds[number]})
         to_pil(grid(samples.images, columns_for(len(images)))).save(folder / "grid.png")
         if samples.previews is not None:
             save_previews(samples.previews, folder)
@@ -191,6 +197,21 @@ def parse_labels(given: Sequence[str] | None, pipe: Pipeline) -> list[int]:
             known = ", ".join(pipe.class_names) or f"ids 0 to {pipe.num_classes - 1}"
             raise ValueError(f"labels must be class ids or names ({known}), got {text!r}") from None
     return pipe.check_labels(labels)
+
+
+def conditions(pipe: Pipeline, given: argparse.Namespace) -> tuple[list[int] | Condition, list[str]]:
+    """What the images are of, cycled up to their number, and the texts where there are any."""
+    if given.features is None:
+        if not pipe.num_classes:
+            raise ValueError(
+                "features must be given for a model of texts; python -m vision_ar.data.text_features makes them"
+            )
+        return cycle_labels(parse_labels(given.labels, pipe), given.num or DEFAULT_NUM), []
+    if given.labels is not None:
+        raise ValueError("labels must be left out with features")
+    texts = TextFeatures.read(given.features)
+    rows = cycle_labels(list(range(len(texts.prompts))), given.num or len(texts.prompts))
+    return Condition(cond=texts.features[rows], cond_mask=texts.mask[rows]), [texts.prompts[row] for row in rows]
 
 
 def cycle_labels(labels: list[int], count: int) -> list[int]:

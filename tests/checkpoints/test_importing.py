@@ -70,16 +70,20 @@ def test_the_published_map_loads_strictly_and_comes_back(family: str, shared_ref
         assert sum(p.numel() for p in module.parameters()) == PARAMETERS[family] + learned
 
 
-@pytest.mark.parametrize("family", ["llamagen-vq16", "llamagen-vq8"])
-def test_the_vq_tokenizers_give_the_recorded_codes_and_pixels(family: str, shared_reference) -> None:
-    shapes = published_map(shared_reference, family)
-    golden = read_golden(shared_reference, MAPS[family])
+def filled_vq(family: str, folder: Path) -> tuple[VQTokenizer, dict[str, Any]]:
+    """The recorded tokenizer through the table of its family, for images of the recorded size, and the record."""
+    shapes, golden = published_map(folder, family), read_golden(folder, MAPS[family])
     names = [name for name in shapes if "codebook_used" not in name]
     weights = fill_rule(names, {name: tuple(shapes[name]) for name in names})
-    size = golden["image_shape"][-1]
     multipliers = llamagen.VQ[family.removeprefix("llamagen-")]
-    tokenizer = VQTokenizer(size, size=ConvSize(multipliers=multipliers))
+    tokenizer = VQTokenizer(golden["image_shape"][-1], size=ConvSize(multipliers=multipliers))
     importing.fill(tokenizer, FAMILIES[family], weights, "model")
+    return tokenizer, golden
+
+
+@pytest.mark.parametrize("family", ["llamagen-vq16", "llamagen-vq8"])
+def test_the_vq_tokenizers_give_the_recorded_codes_and_pixels(family: str, shared_reference) -> None:
+    tokenizer, golden = filled_vq(family, shared_reference)
     images = hashed_input(tuple(golden["image_shape"]), golden["image_seed_j"])
     with torch.no_grad():
         ids = tokenizer.encode(images).ids

@@ -136,6 +136,11 @@ class Llama(Backbone):
         return cls(spec, LlamaSize("tiny", dim=32), num_classes=3, mask_token=True)
 
     @property
+    def cond_shape(self) -> tuple[int, int] | None:
+        """Number and width of the features it is conditioned on, S and D; None when those are class labels."""
+        return None if self.condition is None else tuple(self.condition.null_features.shape)  # type: ignore[return-value]
+
+    @property
     def null_label(self) -> int:
         """The label that means no class."""
         return self.num_classes

@@ -155,7 +155,10 @@ def find_family(path: Path, name: str | None) -> Family:
 
 def fits(kind: Family, weights: Mapping[str, Tensor]) -> bool:
     """True when names and shapes are those of the family."""
-    found = {name: tuple(value.shape) for name, value in weights.items() if name not in without_use(weights)}
+    unused = without_use(weights)
+    found = {name: tuple(value.shape) for name, value in weights.items() if name not in unused}
+    if found.keys() != {name for entry in kind.entries() for name in entry.published}:
+        return False  # before anything is built
     return found == published_shapes(kind)
 
 

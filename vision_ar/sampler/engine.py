@@ -38,6 +38,14 @@ class Condition:
     cond: Tensor | None = None
     cond_mask: Tensor | None = None
 
+    def __len__(self) -> int:
+        """Rows."""
+        return next((len(part) for part in vars(self).values() if part is not None), 0)
+
+    def __getitem__(self, rows: slice) -> Condition:
+        """Some rows."""
+        return Condition(**{name: None if part is None else part[rows] for name, part in vars(self).items()})
+
 
 @dataclass
 class Event:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vision_ar.data.cache_codes import cache_codes, image_views, load_data, main
 from vision_ar.data.codes import CachedCodes, CodesRecord, tokenizer_hash
 from vision_ar.data.images import Digits, Parquet
-from vision_ar.interfaces import Preview, Tokenizer, Tokens, TokenSpec
+from vision_ar.interfaces import Preview, Tokenizer, Tokens, TokenSpec, TrainingPass
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -49,7 +49,7 @@ class FakeTokenizer(Tokenizer):
     def open_preview(self, batch_size: int, seeds: Tensor | None = None) -> Preview:
         raise AssertionError("caching codes must only encode")
 
-    def training_losses(self, data: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def training_pass(self, data: Tensor, generator: torch.Generator | None = None) -> TrainingPass:
         raise AssertionError("caching codes must only encode")
 
     @classmethod

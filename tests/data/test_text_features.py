@@ -49,6 +49,7 @@ def model(tmp_path_factory) -> Path:
 
 def encoder(folder: Path) -> str:
     """A T5 of random weights with a vocabulary of words, as a folder."""
+    pytest.importorskip("transformers", reason="the extra text is not installed")
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, T5Config, T5Model
 

@@ -56,7 +56,12 @@ def test_every_small_config_builds(path, tmp_path) -> None:
     assert dataclasses.asdict(cli.model.description())["tokenizer"]["class_path"].startswith("vision_ar.")
 
 
-@pytest.mark.parametrize("name", FULL_SIZE)
+QUICK = ("vq16_imagenet256", "dar_l", "llamagen_3b")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x.endswith(QUICK) else [pytest.mark.slow]) for x in FULL_SIZE]
+)
 def test_full_size_configs_are_planned_with_the_published_weights(name, monkeypatch, capsys) -> None:
     path = ROOT / "configs" / f"{name}.yaml"
     given = ["fit", f"--config={path}", "--print_plan", "--trainer.accelerator=cpu"]

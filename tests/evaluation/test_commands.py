@@ -160,7 +160,7 @@ def test_a_result_says_all_that_decided_it(model, reference, short, tmp_path, ca
     assert result["model"]["name"] == "tiny" and re.fullmatch("[0-9a-f]{16}", result["model"]["hash"])
     assert result["settings"].keys() == {
         "cfg_scale", "cfg_schedule", "cfg_start", "cfg_interval", "temperature", "top_k", "top_p", "min_p", "dtype",
-        "quantize",
+        "quantize", "cache_dtype",
     }  # fmt: skip
     assert (result["settings"]["cfg_scale"], result["settings"]["top_k"]) == (1.5, 9)
     for digest in (result["images"], result["reference"]["digest"], result["extractor"]["weights"]):

@@ -83,20 +83,21 @@ def check_sampler(device: str) -> None:
         assert torch.equal(session.ids.cpu(), expected)
 
 
-def check_all(device: str) -> None:
-    """Both, in one process: starting one takes seconds."""
-    check_products(device)
-    check_sampler(device)
+@needs_triton
+def test_the_kernels_equal_their_reference_in_the_interpreter() -> None:
+    interpret("tests.kernels.test_fused_block", "check_products")
 
 
 @needs_triton
-def test_the_kernels_equal_their_reference_in_the_interpreter() -> None:
-    interpret("tests.kernels.test_fused_block", "check_all")
+@pytest.mark.slow
+def test_a_sampler_on_the_kernels_equals_the_plain_sampler_in_the_interpreter() -> None:
+    interpret("tests.kernels.test_fused_block", "check_sampler")
 
 
 @pytest.mark.gpu
 def test_the_kernels_equal_their_reference_on_a_gpu() -> None:
-    check_all("cuda")
+    check_products("cuda")
+    check_sampler("cuda")
 
 
 def test_they_serve_few_rows_on_a_gpu_only() -> None:

@@ -71,7 +71,13 @@ def test_before_its_first_step_a_run_is_the_run_without_it(tmp_path) -> None:
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"adaptive": True, "loss": "softplus"}], ids=["plain", "adaptive"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"adaptive": True, "loss": "softplus"}, id="adaptive", marks=pytest.mark.slow),
+    ],
+)
 def test_twenty_steps_equal_ten_and_ten_resumed(tmp_path, settings) -> None:
     whole, first, second = (module(**settings) for _ in range(3))
     trainer(tmp_path / "whole", 20, [EMA(0.9)]).fit(whole, data())

@@ -70,6 +70,7 @@ def check_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], value, rtol=0, atol=2e-6, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", SHARDED], ids=["ddp", "sharded"])
 def test_two_processes_train_what_one_does_and_one_goes_on_from_them(tmp_path, alone, strategy) -> None:
     half = fit(tmp_path / "half", 2, strategy, STEPS // 2)

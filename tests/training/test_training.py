@@ -217,8 +217,10 @@ ADVERSARY = {"--model.init_args.adversary.init_args.start_step": "2"}
 
 @pytest.mark.parametrize(
     ("name", "strategy", "more"),
-    [("dar_digits", "ddp", {}), ("vq_digits", "ddp_find_unused_parameters_true", ADVERSARY)],
-    ids=["plain", "adversary"],
+    [
+        pytest.param("dar_digits", "ddp", {}, id="plain"),
+        pytest.param("vq_digits", "ddp_find_unused_parameters_true", ADVERSARY, id="adversary", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_train_on_different_images_and_agree(tmp_path, name, strategy, more) -> None:
     config = str(ROOT / "configs" / "tokenizers" / f"{name}.yaml")

@@ -388,6 +388,8 @@ class Backbone(Recorded, nn.Module, ABC):
     """Condition vectors before the first token, at least 1."""
     num_classes: int
     """Class ids it can be conditioned on, 0 when it takes none."""
+    cond_shape: tuple[int, int] | None = None
+    """Number and width of the features it is conditioned on, S and D; None when those are class labels or nothing."""
     fixed_step: bool = False
     """True when `read_one` is always the same program, so that it can be captured."""
 

@@ -242,8 +242,7 @@ class Pipeline:
         Raises:
             ValueError: when the generator takes the other kind, or other sizes.
         """
-        backbone: Any = self.generator.backbone
-        wanted = getattr(backbone, "cond_shape", None)
+        wanted = self.generator.backbone.cond_shape
         if not isinstance(labels, Condition):
             if wanted is not None:
                 raise ValueError("labels must be left out: this generator is conditioned on features of a text")

@@ -29,6 +29,7 @@ from vision_ar.sampling_options import (
     add_weight_options,
     pick_device,
     sampling_options,
+    step_options,
     weight_options,
 )
 
@@ -71,7 +72,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         check_writable(given.out)
         published = {"family": given.family, "image_size": given.image_size, "tokenizer": given.tokenizer}
-        pipe = load(given.model, pick_device(given.device), compile=given.compile, **weight_options(given), **published)
+        held = {**weight_options(given), **step_options(given)}
+        pipe = load(given.model, pick_device(given.device), **held, **published)
         sample_to_folder(pipe, given)
     except USER_ERRORS as error:
         fail(error)

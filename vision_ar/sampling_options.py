@@ -29,18 +29,23 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--top-p", type=float, help="keep the most likely tokens up to this probability")
     p.add_argument("--min-p", type=float, help="keep tokens at least this share as likely as the best")
     p.add_argument("--compile", action="store_true", help="let torch.compile take the step; pays on a GPU")
+    p.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="keys and values of 8 bits, on a GPU, for many images")
 
 
 def add_weight_options(p: argparse.ArgumentParser) -> None:
     """Add the options that say how the weights of the generator are held."""
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the generator (default float32)")
     p.add_argument("--quantize", choices=QUANTIZE, help="weights of 8 bits, for few images at a time; float8 on a GPU")
-    p.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="keys and values of 8 bits, on a GPU, for many images")
 
 
 def weight_options(given: argparse.Namespace) -> dict[str, Any]:
     """The same as `pipeline.load` takes them."""
-    return {"dtype": DTYPES[given.dtype], "quantize": given.quantize, "cache_dtype": given.cache_dtype}
+    return {"dtype": DTYPES[given.dtype], "quantize": given.quantize}
+
+
+def step_options(given: argparse.Namespace) -> dict[str, Any]:
+    """How tokens are written, as `pipeline.load` takes it."""
+    return {"compile": given.compile, "cache_dtype": given.cache_dtype}
 
 
 def sampling_options(given: argparse.Namespace) -> dict[str, Any]:

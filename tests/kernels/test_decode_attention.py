@@ -56,7 +56,7 @@ def check_kernels(device: str) -> None:
 
 @needs_triton
 def test_the_kernels_equal_the_reference_in_the_interpreter() -> None:
-    interpret("tests.kernels.test_decode_attention", "check_kernels")
+    assert interpret("tests.kernels.test_decode_attention", "check_kernels") == "equal"
 
 
 @pytest.mark.gpu

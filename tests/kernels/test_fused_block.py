@@ -14,6 +14,7 @@ from tests.kernels.interpreter import interpret, needs_triton
 from tests.sampler.test_engine import LABELS, SEEDS, make_generator, plain_sample
 from vision_ar.kernels import fused_block
 from vision_ar.kernels.fused_block import MOST_ROWS, Weights
+from vision_ar.layers.kv_cache import DeviceSlot
 from vision_ar.layers.packed import QuantizedLinear, quantized
 from vision_ar.sampler.engine import Condition, Session, stream
 from vision_ar.sampler.guidance import constant
@@ -50,9 +51,11 @@ def check_case(rows: int, dtype: torch.dtype, kind: torch.dtype | None, device: 
     qkv, out = weights((HEADS + 2 * KV) * HEAD_DIM, WIDTH), weights(WIDTH, HEADS * HEAD_DIM)
     gate_up = weights(2 * HIDDEN, WIDTH)
     found, wanted = ([torch.zeros(rows, KV, SLOTS, HEAD_DIM, dtype=dtype, device=device) for _ in "kv"] for _ in "fw")
-    queries = fused_block.norm_qkv(x, gain, 1e-5, qkv, table, *found, lengths)
+    queries = fused_block.norm_qkv(x, gain, 1e-5, qkv, table, DeviceSlot(*found, lengths, lengths + 1))
     torch.testing.assert_close(
-        queries, fused_block.reference_norm_qkv(x, gain, 1e-5, qkv, table, *wanted, lengths), **close
+        queries,
+        fused_block.reference_norm_qkv(x, gain, 1e-5, qkv, table, DeviceSlot(*wanted, lengths, lengths + 1)),
+        **close,
     )
     torch.testing.assert_close(found, wanted, **close)
     mixed = queries.flatten(1)
@@ -85,13 +88,13 @@ def check_sampler(device: str) -> None:
 
 @needs_triton
 def test_the_kernels_equal_their_reference_in_the_interpreter() -> None:
-    interpret("tests.kernels.test_fused_block", "check_products")
+    assert interpret("tests.kernels.test_fused_block", "check_products") == "equal"
 
 
 @needs_triton
 @pytest.mark.slow
 def test_a_sampler_on_the_kernels_equals_the_plain_sampler_in_the_interpreter() -> None:
-    interpret("tests.kernels.test_fused_block", "check_sampler")
+    assert interpret("tests.kernels.test_fused_block", "check_sampler") == "equal"
 
 
 @pytest.mark.gpu

@@ -28,7 +28,7 @@ def check_draw(device: str) -> None:
 
 @needs_triton
 def test_the_draw_equals_its_reference_in_the_interpreter() -> None:
-    interpret("tests.kernels.test_keyed_draw", "check_draw")
+    assert interpret("tests.kernels.test_keyed_draw", "check_draw") == "equal"
 
 
 @pytest.mark.gpu

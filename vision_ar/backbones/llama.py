@@ -118,7 +118,7 @@ class Llama(Backbone):
         self.spec, self.dim, self.head_dim, self.num_kv_heads = spec, dim, dim // num_heads, num_kv_heads
         self.rotary, self.silent_prefix, self.flex, self.checkpointing = rotary, silent_prefix, flex, checkpointing
         self.num_classes, self.cond_dropout = 0 if cond_dim else num_classes, cond_dropout
-        self.prefix_len = cond_len if cond_dim else 1
+        self.prefix_len, self.cond_shape = (cond_len, (cond_len, cond_dim)) if cond_dim else (1, None)
         self.condition = FeatureCondition(cond_dim, cond_len, dim) if cond_dim else None
         self.label_table = None if cond_dim else nn.Embedding(num_classes + 1, dim)
         self.token_table = nn.Embedding(spec.vocab_size, dim) if spec.vocab_size else None
@@ -134,11 +134,6 @@ class Llama(Backbone):
         """2 blocks of width 32 over 8 tokens of 16 ids in 4 groups."""
         spec = TokenSpec(8, (2, 2, 2, 2), vocab_size=16)
         return cls(spec, LlamaSize("tiny", dim=32), num_classes=3, mask_token=True)
-
-    @property
-    def cond_shape(self) -> tuple[int, int] | None:
-        """Number and width of the features it is conditioned on, S and D; None when those are class labels."""
-        return None if self.condition is None else tuple(self.condition.null_features.shape)  # type: ignore[return-value]
 
     @property
     def null_label(self) -> int:
@@ -302,7 +297,7 @@ class LlamaBlock(nn.Module):
         norm, mlp, kernels = self.attention_norm, self.mlp, fused_block
         qkv, out, gate_up, down = (weights_of(one) for one in (self.qkv, self.out, mlp.gate_up, mlp.down))
         assert qkv and out and gate_up and down
-        queries = kernels.norm_qkv(x, norm.weight, NORM_EPS, qkv, table, slot.keys, slot.values, slot.lengths)
+        queries = kernels.norm_qkv(x, norm.weight, NORM_EPS, qkv, table, slot)
         mixed = decode_attention(queries, slot.keys, slot.values, slot.ends).flatten(1)
         x = kernels.linear(mixed, out, x)
         hidden = kernels.norm_swiglu(x, self.mlp_norm.weight, NORM_EPS, gate_up)

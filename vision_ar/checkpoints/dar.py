@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from vision_ar.checkpoints.families import Entry, Family
-from vision_ar.checkpoints.llamagen import DEPTHS, gpt_entries, pairs, preset_of
+from vision_ar.checkpoints.llamagen import DEPTHS, gpt_entries, pairs
 
 CODER_DEPTH, VELOCITY_DEPTH = 8, 12
 CFG = {"l": 8.0, "xl": 10.0}
@@ -70,6 +70,11 @@ def tokenizer_described(image_size: int) -> dict[str, Any]:
     return {"class_path": "vision_ar.tokenizers.diffusion.DiffusionTokenizer", "init_args": arguments}
 
 
+def guidance(size: str, image_size: int) -> dict[str, Any]:
+    """Guidance of the published figures."""
+    return {"cfg_scale": CFG[size], "cfg_schedule": "linear", "cfg_start": 1.1}
+
+
 def gpt_described(preset: str, image_size: int) -> dict[str, Any]:
     """Our backbone for it: positions count the tokens, and the class is one of them."""
     arguments = {"size": {"preset": preset}, "num_classes": 1000, "rotary": "1d"}
@@ -83,10 +88,10 @@ FAMILIES = [
     ),
     *(
         Family(
-            f"dar-{size}", "generator", partial(gpt_entries, DEPTHS[size]), partial(gpt_described, preset_of(size)),
+            f"dar-{size}", "generator", partial(gpt_entries, DEPTHS[size]), partial(gpt_described, size.upper()),
             (256,), ("model", "module", "state_dict"), f"showlab/D-AR: D-AR-{size.upper()}-360K.pt",
             tokenizer="dar-tokenizer",
-            sampling={"cfg_scale": CFG[size], "cfg_schedule": "linear", "cfg_start": 1.1},
+            sampling=partial(guidance, size),
         )
         for size in CFG
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class Family:
         image_sizes: of the published files of this family, in pixels.
         sets: names under which the file may hold its weights, the one that counts first.
         tokenizer: for generators, the family of their tokenizer, which has a file of its own.
-        sampling: settings of the published samples.
+        sampling: settings of the published samples, by the image size.
         source: where the file is published, and its name there.
     """
 
@@ -73,7 +73,7 @@ class Family:
     sets: tuple[str, ...]
     source: str
     tokenizer: str | None = None
-    sampling: dict[str, Any] = field(default_factory=dict)
+    sampling: Callable[[int], dict[str, Any]] = lambda image_size: {}
 
 
 @dataclass

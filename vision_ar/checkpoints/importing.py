@@ -24,6 +24,7 @@ from vision_ar.checkpoints.store import (
     load_model,
     load_tokenizer,
     resolve,
+    sha_of,
 )
 from vision_ar.generator import Generator
 from vision_ar.interfaces import Backbone, Objective, Tokenizer
@@ -52,8 +53,9 @@ def open_model(
     """
     path = resolve(fetch(source))
     if is_ours(path):
-        if family is not None:
-            raise ValueError(f"family must be left out for a model of this project, got {family} for {source}")
+        for name, value in (("family", family), ("image_size", image_size), ("tokenizer", tokenizer)):
+            if value is not None:
+                raise ValueError(f"{name} must be left out for a model of this project, got {value} for {source}")
         return load_model(path)
     return import_model(path, family, image_size, None if tokenizer is None else Path(fetch(tokenizer)))[0]
 
@@ -74,11 +76,11 @@ def import_model(
     """A published file as a model in evaluation mode, and what became of its tensors; arguments as above."""
     kind = find_family(path, family)
     size = pick_image_size(kind, image_size)
-    weights, taken_from = read_foreign(path, kind.sets)
     if kind.part == "tokenizer":
         made, reports = import_tokenizer(path, kind.name, size)
         described, generator = Description(describe(made)), None
     else:
+        weights, taken_from = read_foreign(path, kind.sets)
         if tokenizer is None:
             known = FAMILIES[str(kind.tokenizer)]
             raise ValueError(
@@ -88,10 +90,10 @@ def import_model(
         made, reports = tokenizer_for(kind, tokenizer, size)
         generator = Generator(made.spec, lambda spec: build(kind.describe(size), Backbone, spec), next_token())
         reports = [fill(generator, kind, weights, taken_from), *reports]
-        described = Description(describe(made), kind.describe(size), NEXT_TOKEN, sampling=dict(kind.sampling))
+        described = Description(describe(made), kind.describe(size), NEXT_TOKEN, sampling=kind.sampling(size))
     digest = hashlib.sha256(f"{kind.name} {size}".encode())
     for file in (path, *([tokenizer] if tokenizer is not None and tokenizer.is_file() else [])):
-        digest.update(hashlib.file_digest(file.open("rb"), "sha256").digest())
+        digest.update(sha_of(file).digest())
     return SavedModel(path.stem, described, made, generator, digest.hexdigest()[:16]), reports
 
 
@@ -141,7 +143,8 @@ def find_family(path: Path, name: str | None) -> Family:
         if name not in FAMILIES:
             raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {name!r}")
         return FAMILIES[name]
-    fitting = [kind for kind in FAMILIES.values() if fits(kind, read_foreign(path, kind.sets)[0])]
+    weights = {sets: read_foreign(path, sets)[0] for sets in {kind.sets for kind in FAMILIES.values()}}
+    fitting = [kind for kind in FAMILIES.values() if fits(kind, weights[kind.sets])]
     if not fitting:
         raise ValueError(
             f"model must be of this project or of a known family ({', '.join(FAMILIES)}), {path} has other tensors; "

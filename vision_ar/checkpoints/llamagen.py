@@ -11,8 +11,8 @@ from vision_ar.checkpoints.families import Entry, Family
 VQ = {"vq16": (1, 1, 2, 2, 4), "vq8": (1, 2, 2, 4)}
 DEPTHS = {"b": 12, "l": 24, "xl": 36, "xxl": 48, "3b": 24}
 IMAGE_SIZES = {"b": (256, 384), "l": (256, 384), "xl": (384,), "xxl": (384,), "3b": (384,)}
-CFG = {"b": 2.0, "l": 2.0, "xl": 1.75, "xxl": 1.75, "3b": 1.65}
-"""Guidance of the published figures."""
+CFG = {"b": (2.0, 2.25), "l": (1.75, 2.0), "xl": (1.75,), "xxl": (1.75,), "3b": (1.65,)}
+"""Guidance of the published figures, for each of the sizes."""
 TEXT_DIM, TEXT_LEN = 2048, 120
 
 
@@ -101,19 +101,19 @@ def gpt_described(preset: str, image_size: int, text: bool = False) -> dict[str,
     return {"class_path": "vision_ar.backbones.llama.Llama", "init_args": arguments}
 
 
-def preset_of(size: str) -> str:
-    """Our name of a published size."""
-    return size.upper()
+def guidance(size: str, image_size: int) -> dict[str, Any]:
+    """Guidance of the published figures for images of this size, or of the nearest."""
+    return {"cfg_scale": CFG[size][-1 if image_size >= IMAGE_SIZES[size][-1] else 0]}
 
 
 def gpt(size: str) -> Family:
     """The class-conditional GPT of one size."""
     sets = ("model", "module", "state_dict")
-    described: Callable[[int], dict[str, Any]] = partial(gpt_described, preset_of(size))
+    described: Callable[[int], dict[str, Any]] = partial(gpt_described, size.upper())
     return Family(
         f"llamagen-gpt-{size}", "generator", partial(gpt_entries, DEPTHS[size]), described, IMAGE_SIZES[size], sets,
         f"FoundationVision/LlamaGen: c2i_{size.upper()}_{{256,384}}.pt", tokenizer="llamagen-vq16",
-        sampling={"cfg_scale": CFG[size]},
+        sampling=partial(guidance, size),
     )  # fmt: skip
 
 
@@ -130,6 +130,6 @@ FAMILIES = [
         "llamagen-gpt-xl-t2i", "generator", partial(gpt_entries, DEPTHS["xl"], True),
         partial(gpt_described, "XL", text=True), (256, 512), ("model", "module", "state_dict"),
         "peizesun/llamagen_t2i: t2i_XL_stage1_256.pt, t2i_XL_stage2_512.pt", tokenizer="llamagen-vq16",
-        sampling={"cfg_scale": 7.5},
+        sampling=lambda image_size: {"cfg_scale": 7.5},
     ),
 ]  # fmt: skip

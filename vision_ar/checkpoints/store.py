@@ -208,13 +208,22 @@ def load_model(source: str | Path) -> SavedModel:
             raise ValueError(f"weights of {source} must fit its {CONFIG}: {' '.join(str(error).split())}") from error
         part.eval().requires_grad_(False)
     file = path if path.is_file() else path / WEIGHTS
-    digest = hashlib.sha256(file.read_bytes())
+    digest = sha_of(file)
     parts_of = (description.tokenizer, description.backbone, description.objective)  # decoding settings are in there
     digest.update(json.dumps(parts_of, sort_keys=True).encode())
     given = Path(source).resolve()
     return SavedModel(
         given.stem if given.is_file() else given.name, description, tokenizer, generator, digest.hexdigest()[:16]
     )
+
+
+def sha_of(path: Path) -> Any:
+    """The sha256 of a file, from hashlib, to be read or gone on with; a file of any size takes little memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

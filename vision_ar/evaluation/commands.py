@@ -38,7 +38,13 @@ from vision_ar.evaluation.sweeps import write_sweep
 from vision_ar.interfaces import ImageTokenizer
 from vision_ar.pictures import columns_for, grid, to_pil
 from vision_ar.pipeline import Settings, load, spread_seeds
-from vision_ar.sampling_options import add_sampling_options, add_weight_options, sampling_options, weight_options
+from vision_ar.sampling_options import (
+    add_sampling_options,
+    add_weight_options,
+    sampling_options,
+    step_options,
+    weight_options,
+)
 
 RESULT = "result.json"
 
@@ -50,7 +56,7 @@ def generate_and_score(given: argparse.Namespace) -> Result:
     protocol = harness.protocol
     count = protocol.num_samples if given.num is None else given.num
     partial = harness.check_count(count)
-    pipe = load(given.model, harness.device, compile=given.compile, **weight_options(given))
+    pipe = load(given.model, harness.device, **weight_options(given), **step_options(given))
     settings = vars(pipe.settings(**sampling_options(given)))
     spread_seeds(given.seed, count)  # they must fit
     store = SampleStore(out / "samples", pipe, protocol, settings, given.seed, count, given.batch_size)

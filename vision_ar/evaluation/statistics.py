@@ -7,7 +7,6 @@ which extractor saw which images, and with the features in an .npy beside it, fo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tokenize
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vision_ar.checkpoints.store import sha_of
 from vision_ar.evaluation.frechet import Moments
 
 BROKEN = (
@@ -171,11 +171,7 @@ def features_path(path: Path) -> Path:
 
 def file_digest(path: Path) -> str:
     """First 16 hex digits of the sha256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]
+    return sha_of(path).hexdigest()[:16]
 
 
 class replaced:  # noqa: N801 used like a function

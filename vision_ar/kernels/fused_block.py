@@ -2,8 +2,8 @@
 
 With few rows a block is bound by the bytes of its weights and by the number of launches, not by arithmetic. So the norm
 is done while the weights stream by, queries are turned and keys and values go to their slots before they ever leave the
-chip, and the second branch follows likewise. Each function has its plain counterpart in `reference_block`, which says
-what is computed; `decode_attention` is the middle of the block.
+chip, and the second branch follows likewise. Each function has its plain counterpart, `reference_*`, which says what is
+computed; `decode_attention` is the middle of the block.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_ar.kernels.triton_found import HAS_TRITON
+from vision_ar.layers.kv_cache import DeviceSlot
+from vision_ar.layers.rope import apply_rotary
 
 MOST_ROWS = 64
 """Rows that one program holds; with more of them a library's matrix product is the better choice."""
@@ -53,16 +55,7 @@ def serves_heads(x: Tensor, head_dim: int) -> bool:
     return serves(x) and head_dim % (2 * tile_of(x)["OUT"]) == 0
 
 
-def norm_qkv(
-    x: Tensor,
-    gain: Tensor,
-    eps: float,
-    qkv: Weights,
-    table: Table,
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-) -> Tensor:
+def norm_qkv(x: Tensor, gain: Tensor, eps: float, qkv: Weights, table: Table, slot: DeviceSlot) -> Tensor:
     """RMSNorm, queries, keys and values, rotation; keys and values go to their slots, queries (R, N, E) come back.
 
     Args:
@@ -71,12 +64,11 @@ def norm_qkv(
         eps: of the norm.
         qkv: ((N + 2 K) E, D), queries first.
         table: see `Table`.
-        keys: cache of this layer, (R, K, S, E).
-        values: likewise.
-        lengths: entries of each row before the new one, (R,): the slot it goes to.
+        slot: where the new entry of every row goes in the cache of this layer.
     """
     from vision_ar.kernels.fused_block_triton import norm_qkv_kernel
 
+    keys, values, lengths, _ = slot
     rows, width = x.shape
     kv, head_dim = keys.shape[1], keys.shape[3]
     heads = len(qkv.matrix) // head_dim - 2 * kv
@@ -132,29 +124,15 @@ def scales_or(weights: Weights) -> Tensor:
     return weights.matrix if weights.scales is None else weights.scales
 
 
-def reference_norm_qkv(
-    x: Tensor,
-    gain: Tensor,
-    eps: float,
-    qkv: Weights,
-    table: Table,
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-) -> Tensor:
+def reference_norm_qkv(x: Tensor, gain: Tensor, eps: float, qkv: Weights, table: Table, slot: DeviceSlot) -> Tensor:
     """`norm_qkv`, plainly."""
-    rows, kv, head_dim = len(x), keys.shape[1], keys.shape[3]
-    made = F.linear(F.rms_norm(x, x.shape[-1:], gain, eps), qkv.whole(x.dtype)).view(rows, -1, head_dim)
-    turned, new_values = made.split([made.shape[1] - kv, kv], dim=1)
-    if table is not None:
-        cos, sin = (part[:, None] for part in table)
-        even, odd = turned.float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
-    queries, new_keys = turned.split([turned.shape[1] - kv, kv], dim=1)
-    every = torch.arange(rows, device=x.device)
-    keys[every, :, lengths] = new_keys.to(keys.dtype)
-    values[every, :, lengths] = new_values.to(values.dtype)
-    return queries
+    kv, head_dim = slot.keys.shape[1], slot.keys.shape[3]
+    made = F.linear(F.rms_norm(x, x.shape[-1:], gain, eps), qkv.whole(x.dtype)).view(len(x), -1, 1, head_dim)
+    turned, values = made.split([made.shape[1] - kv, kv], dim=1)
+    turned = apply_rotary(turned, None if table is None else (table[0][:, None, None], table[1][:, None, None]))
+    queries, keys = turned.split([turned.shape[1] - kv, kv], dim=1)
+    slot.write(keys, values)
+    return queries[:, :, 0]
 
 
 def reference_linear(x: Tensor, weights: Weights, add: Tensor | None = None) -> Tensor:

@@ -246,12 +246,16 @@ class DeviceSlot(NamedTuple):
     ends: Tensor
     """One more: what is read."""
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """As `ColumnSlot.attend`; rows may have different lengths."""
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """One entry of every row, (B, K, 1, E) each."""
         batch, kv, _, width = self.keys.shape
         index = self.lengths[:, None, None, None].expand(batch, kv, 1, width)
         put(self.keys, index, keys)
         put(self.values, index, values)
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """As `ColumnSlot.attend`; rows may have different lengths."""
+        self.write(keys, values)
         return decode_attention(queries[:, :, 0], self.keys, self.values, self.ends)[:, :, None]
 
 

@@ -33,7 +33,10 @@ def batch_bytes(generator: Generator, batch_size: int, guided: bool, cache_dtype
 def free_bytes(device: torch.device) -> int | None:
     """What is free on a device, None where nothing says so."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # by PyTorch, for what comes next
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type != "cpu" or not MEMINFO.is_file():
         return None
     lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines() if ":" in line)

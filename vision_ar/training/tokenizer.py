@@ -94,7 +94,7 @@ class TokenizerModule(TrainingModule):
             balance = adversary.balance(total, judgement, self.tokenizer.last_weight)
             total = total + adversary.weight * balance * judgement
             told = {"adversary": judgement.detach(), "balance": balance}
-        self._update(optimizer.optimizer, total, adversary.clip_norm, optimizer)
+        self._update(optimizer, total, adversary.clip_norm)
         cast(LRScheduler, self.lr_schedulers()).step()
         if judging:
             adversary.requires_grad_(True)
@@ -104,16 +104,14 @@ class TokenizerModule(TrainingModule):
             told |= {name: value.detach() for name, value in judged.items()}
         return told
 
-    def _update(
-        self, optimizer: Optimizer, loss: Tensor, clip_norm: float, counted: LightningOptimizer | None = None
-    ) -> None:
-        """One step of one optimiser; `counted` is Lightning's wrapper of it where the step counts."""
+    def _update(self, optimizer: Optimizer | LightningOptimizer, loss: Tensor, clip_norm: float) -> None:
+        """One step of one optimiser; Lightning counts those of its own wrappers."""
         optimizer.zero_grad()
         self.manual_backward(loss)
         if clip_norm:
             weights = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(weights, clip_norm)
-        (counted or optimizer).step()
+        optimizer.step()
 
     def evaluate(self, stage: str, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Losses at draws that are the same every time, and the reconstruction error."""
